@@ -1,0 +1,1 @@
+//! The commands: one file each, each the story of its command.

@@ -1,0 +1,1 @@
+//! The host configuration: desired, observed, plan, apply, verify.

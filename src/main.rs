@@ -1,0 +1,2 @@
+//! cocoon-net: see the library.
+fn main() {}

@@ -1,0 +1,1 @@
+//! `pool.json`, the state of a node.

@@ -1,0 +1,1 @@
+//! Kernel events and ticks in, reconcile requests out.
