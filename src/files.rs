@@ -1,1 +1,316 @@
 //! Durable writes and locks.
+//!
+//! A file is replaced whole or not at all: written beside its place, synced, renamed over it, and the folder synced
+//! (`rename(2)`, `fsync(2)`). Locks are `flock(2)`: they end with the process that holds them, however it ends.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Mode of the folders we make.
+const DIRECTORY_MODE: u32 = 0o750;
+
+/// How long a command waits for another to let go of a lock.
+pub const LOCK_WAIT: Duration = Duration::from_secs(3);
+
+/// Held while the host is configured and the state saved, so that the daemon never compares a half-changed host.
+pub const HOST_LOCK: &str = "/run/cocoon-net.lock";
+
+/// The daemon's PID, locked by it for as long as it lives.
+pub const PID_FILE: &str = "/run/cocoon-net.pid";
+
+/// Why a file could not be read, written, removed or locked.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// A system call on a file or folder failed.
+    #[error("cannot {doing} {}", .path.display())]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// To which file or folder.
+        path: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// Somebody else holds the lock.
+    #[error("{} is in use by {holder}; wait for it to end, then try again", .path.display())]
+    Locked {
+        /// The locked file or folder.
+        path: PathBuf,
+        /// Who holds it, as far as the kernel tells.
+        holder: Holder,
+    },
+}
+
+impl FileError {
+    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { doing, path, source }
+    }
+}
+
+/// The process that holds a lock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Its PID, when the kernel tells.
+    pub pid: Option<i32>,
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Some(pid) = self.pid else { return f.write_str("another process") };
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&words).replace('\0', " ");
+        if line.trim().is_empty() { write!(f, "PID {pid}") } else { write!(f, "`{}` (PID {pid})", line.trim()) }
+    }
+}
+
+/// Reads a file; `None` when there is none.
+///
+/// # Errors
+/// [`FileError::Io`] when it is there but cannot be read.
+pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(FileError::io("read", path)(error)),
+    }
+}
+
+/// Replaces a file so that, whatever happens, it holds either the old or the new contents, and the new ones once this
+/// returns. The folder must exist.
+///
+/// # Errors
+/// [`FileError::Io`]; the old contents are then still in place.
+pub fn write_durably(path: &Path, contents: &[u8], mode: u32) -> Result<(), FileError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".cocoon-net-").tempfile_in(folder)?;
+        file.as_file().set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(contents)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        File::open(folder)?.sync_all()
+    };
+    write().map_err(FileError::io("write", path))
+}
+
+/// Makes a folder and those above it. Returns whether it was missing.
+///
+/// # Errors
+/// [`FileError::Io`] when one cannot be made.
+pub fn make_folder(path: &Path) -> Result<bool, FileError> {
+    if path.is_dir() {
+        return Ok(false);
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(DIRECTORY_MODE)
+        .create(path)
+        .map_err(FileError::io("make the folder", path))?;
+    Ok(true)
+}
+
+/// Checks that files can be made in a folder, by making and removing one.
+///
+/// # Errors
+/// [`FileError::Io`] when they cannot: a read-only or full file system, say.
+pub fn check_writable(folder: &Path) -> Result<(), FileError> {
+    let probe = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".cocoon-net-").tempfile_in(folder)?;
+        file.write_all(&[0; 4096])?;
+        file.as_file().sync_all()
+    };
+    probe().map_err(FileError::io("write to", folder))
+}
+
+/// Removes a file. Returns whether there was one.
+///
+/// # Errors
+/// [`FileError::Io`] when it is there and stays.
+pub fn remove(path: &Path) -> Result<bool, FileError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(FileError::io("remove", path)(error)),
+    }
+}
+
+/// Removes a folder if it is empty.
+pub fn remove_if_empty(folder: &Path) {
+    // ENOTEMPTY is the answer for a folder that somebody still uses: it stays.
+    let _ = fs::remove_dir(folder);
+}
+
+/// An exclusive lock on the state folder itself: one command at a time changes this node.
+#[derive(Debug)]
+pub struct StateLock {
+    _folder: File,
+}
+
+impl StateLock {
+    /// Takes the lock, waiting for at most `wait`.
+    ///
+    /// # Errors
+    /// [`FileError::Locked`] names who holds it; [`FileError::Io`] when the folder cannot be opened.
+    pub async fn acquire(folder: &Path, wait: Duration) -> Result<Self, FileError> {
+        let handle = File::open(folder).map_err(FileError::io("open", folder))?;
+        wait_for(&handle, folder, wait).await?;
+        Ok(Self { _folder: handle })
+    }
+}
+
+/// An exclusive lock on a file of its own, which is there only while the lock is held.
+#[derive(Debug)]
+pub struct LockFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl LockFile {
+    /// Takes the lock, waiting for at most `wait`.
+    ///
+    /// # Errors
+    /// [`FileError::Locked`] names who holds it; [`FileError::Io`] when the file cannot be made.
+    pub async fn acquire(path: &Path, wait: Duration) -> Result<Self, FileError> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o644)
+                .open(path)
+                .map_err(FileError::io("open", path))?;
+            wait_for(&file, path, deadline.saturating_duration_since(Instant::now())).await?;
+            if is_still_at(&file, path) {
+                return Ok(Self { file, path: path.to_owned() });
+            }
+        }
+    }
+
+    /// Replaces the contents of the locked file.
+    ///
+    /// # Errors
+    /// [`FileError::Io`] when they cannot be written.
+    pub fn write(&mut self, contents: &str) -> Result<(), FileError> {
+        let write = |file: &mut File| -> io::Result<()> {
+            file.set_len(0)?;
+            file.write_all(contents.as_bytes())
+        };
+        write(&mut self.file).map_err(FileError::io("write", &self.path))
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        // Removed while still locked: whoever waits on this inode sees that the path no longer leads to it.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Who holds the lock of a file, if anybody does. A file that nobody locks, or none at all, has no holder.
+///
+/// # Errors
+/// [`FileError::Io`] when the file is there but cannot be opened.
+pub fn holder(path: &Path) -> Result<Option<Holder>, FileError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(FileError::io("open", path)(error)),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(None),
+        Err(TryLockError::WouldBlock) => Ok(Some(holder_of(&file))),
+        Err(TryLockError::Error(error)) => Err(FileError::io("lock", path)(error)),
+    }
+}
+
+async fn wait_for(file: &File, path: &Path, wait: Duration) -> Result<(), FileError> {
+    let deadline = Instant::now() + wait;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(FileError::Locked { path: path.to_owned(), holder: holder_of(file) });
+            }
+            Err(TryLockError::Error(error)) => return Err(FileError::io("lock", path)(error)),
+        }
+    }
+}
+
+fn is_still_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(ours), Ok(there)) => ours.dev() == there.dev() && ours.ino() == there.ino(),
+        _ => false,
+    }
+}
+
+/// Looks the holder up in `/proc/locks` (`proc_locks(5)`): `1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF`.
+fn holder_of(file: &File) -> Holder {
+    let pid = file.metadata().ok().and_then(|metadata| {
+        let inode = metadata.ino().to_string();
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        locks.lines().find_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().filter(|word| *word != "->").collect();
+            let (kind, pid, place) = (words.get(1)?, words.get(4)?, words.get(5)?);
+            let ours = *kind == "FLOCK" && !line.contains("->") && place.rsplit(':').next() == Some(inode.as_str());
+            ours.then(|| pid.parse::<i32>().ok()).flatten().filter(|pid| *pid > 0)
+        })
+    });
+    Holder { pid }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_replaces_the_file_whole_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pool.json");
+        write_durably(&path, b"old", 0o644).unwrap();
+        write_durably(&path, b"new", 0o644).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o644);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_write_names_the_file() {
+        let error = write_durably(Path::new("/nonexistent/pool.json"), b"", 0o644).unwrap_err();
+        assert_eq!(error.to_string(), "cannot write /nonexistent/pool.json");
+    }
+
+    #[tokio::test]
+    async fn the_state_lock_names_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = StateLock::acquire(dir.path(), Duration::ZERO).await.unwrap();
+        let error = StateLock::acquire(dir.path(), Duration::from_millis(30)).await.unwrap_err();
+        assert!(error.to_string().contains(&format!("PID {}", std::process::id())), "{error}");
+        drop(held);
+        StateLock::acquire(dir.path(), Duration::ZERO).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_lock_file_is_gone_when_let_go_and_a_stale_one_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("daemon.pid");
+        fs::write(&path, "4711\n").unwrap();
+        assert_eq!(holder(&path).unwrap(), None);
+
+        let mut lock = LockFile::acquire(&path, Duration::ZERO).await.unwrap();
+        lock.write("1\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n");
+        assert_eq!(holder(&path).unwrap().unwrap().pid, i32::try_from(std::process::id()).ok());
+        assert!(matches!(LockFile::acquire(&path, Duration::ZERO).await, Err(FileError::Locked { .. })));
+        drop(lock);
+        assert!(!path.exists());
+    }
+}
