@@ -9,8 +9,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Mode of the folders we make.
-const DIRECTORY_MODE: u32 = 0o750;
+/// Mode of the state folder.
+pub const STATE_FOLDER_MODE: u32 = 0o750;
 
 /// How long a command waits for another to let go of a lock.
 pub const LOCK_WAIT: Duration = Duration::from_secs(3);
@@ -101,15 +101,11 @@ pub fn write_durably(path: &Path, contents: &[u8], mode: u32) -> Result<(), File
 ///
 /// # Errors
 /// [`FileError::Io`] when one cannot be made.
-pub fn make_folder(path: &Path) -> Result<bool, FileError> {
+pub fn make_folder(path: &Path, mode: u32) -> Result<bool, FileError> {
     if path.is_dir() {
         return Ok(false);
     }
-    DirBuilder::new()
-        .recursive(true)
-        .mode(DIRECTORY_MODE)
-        .create(path)
-        .map_err(FileError::io("make the folder", path))?;
+    DirBuilder::new().recursive(true).mode(mode).create(path).map_err(FileError::io("make the folder", path))?;
     Ok(true)
 }
 

@@ -1,1 +1,213 @@
 //! The host configuration: desired, observed, plan, apply, verify.
+//!
+//! [`Host::converge`] is the one way in which a host is made to be as it must be: `init`, `adopt` and the daemon come
+//! through it, and it ends only when a fresh look finds nothing left to do.
+
+mod apply;
+pub mod cni;
+pub mod desired;
+pub mod firewall;
+pub mod guest_agent;
+pub mod ipset;
+pub mod links;
+pub mod observe;
+pub mod plan;
+mod revert;
+pub mod sysctl;
+
+use std::sync::Mutex;
+
+use desired::{Desired, Rules};
+use firewall::{Backend, Family, FirewallError};
+use observe::{Observed, Scope};
+use plan::{Finding, Plan};
+
+use crate::command;
+use crate::config::NodeConfig;
+use crate::files::FileError;
+
+/// How often the host is looked at again when it does not become as planned.
+const ATTEMPTS: usize = 4;
+
+/// Why the host is not as it must be.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// iptables.
+    #[error(transparent)]
+    Firewall(#[from] firewall::FirewallError),
+    /// ipset.
+    #[error(transparent)]
+    Set(#[from] ipset::SetError),
+    /// Netlink.
+    #[error(transparent)]
+    Link(#[from] links::LinkError),
+    /// Kernel parameters.
+    #[error(transparent)]
+    Sysctl(#[from] sysctl::SysctlError),
+    /// Files.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// An interface went away, or never was there.
+    #[error("there is no interface {0}")]
+    NoSuchInterface(String),
+    /// Something stands in the way; nothing was done.
+    #[error("{0}")]
+    Obstacle(String),
+    /// Everything was done, and the host still differs: someone else is changing it at the same time.
+    #[error(
+        "the host is not as it must be although everything was applied: {0}; find out what else changes it, then try again"
+    )]
+    NotConverged(String),
+}
+
+/// The hands on the host, and what was learnt about it.
+#[derive(Debug)]
+pub struct Host {
+    /// Netlink.
+    pub links: links::Links,
+    /// Why iptables would not take a rule over a set, once it would not.
+    set_refused: Mutex<Option<String>>,
+}
+
+/// What converging came to.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// What was found at the first look; empty when nothing had to be done.
+    pub found: Plan,
+    /// The host as it was at the first look.
+    pub before: Observed,
+    /// The host as it is now.
+    pub after: Observed,
+}
+
+impl Host {
+    /// Opens the host for changing it. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`HostError::Link`] when there is no netlink socket to be had.
+    pub fn open() -> Result<Self, HostError> {
+        Ok(Self { links: links::Links::open(true)?, set_refused: Mutex::new(None) })
+    }
+
+    /// Opens the host for looking only.
+    ///
+    /// # Errors
+    /// As for [`Host::open`].
+    pub fn open_to_look() -> Result<Self, HostError> {
+        Ok(Self { links: links::Links::open(false)?, set_refused: Mutex::new(None) })
+    }
+
+    /// Compares the host with what the configuration wants.
+    ///
+    /// # Errors
+    /// [`HostError`] when the host cannot be read.
+    pub async fn plan(
+        &self,
+        config: &NodeConfig,
+        rules: Rules,
+        earlier: Option<&NodeConfig>,
+    ) -> Result<(Plan, Observed), HostError> {
+        let observed = Observed::read(self, config, rules, Scope::Node).await?;
+        let desired = Desired::for_node(config, rules, &observed).replacing(earlier);
+        Ok((Plan::new(config, &desired, &observed), observed))
+    }
+
+    /// Makes the host be as the configuration wants, and looks again until there is nothing left to do. When the rules
+    /// moved underneath and a transaction was refused, it plans again.
+    ///
+    /// # Errors
+    /// [`HostError`]; [`HostError::NotConverged`] when the host keeps differing.
+    pub async fn converge(
+        &self,
+        config: &NodeConfig,
+        rules: Rules,
+        earlier: Option<&NodeConfig>,
+    ) -> Result<Outcome, HostError> {
+        let mut first: Option<(Plan, Observed)> = None;
+        let mut refused = None;
+        for _ in 0..ATTEMPTS {
+            let (plan, observed) = self.plan(config, rules, earlier).await?;
+            let (found, before) = first.get_or_insert_with(|| (plan.clone(), observed.clone())).clone();
+            if plan.is_empty() {
+                return Ok(Outcome { found, before, after: observed });
+            }
+            refused = match self.apply(&plan).await {
+                Ok(()) => None,
+                Err(HostError::Firewall(error)) if error.is_refusal() => {
+                    self.learn_about_sets(&plan, &error);
+                    Some(error)
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        match refused {
+            Some(error) => Err(error.into()),
+            None => {
+                let (plan, _) = self.plan(config, rules, earlier).await?;
+                Err(HostError::NotConverged(summary(&plan.findings)))
+            }
+        }
+    }
+
+    /// Removes everything of ours that is left of a node. A part that fails does not stop the others.
+    ///
+    /// # Errors
+    /// All that failed.
+    pub async fn clear(&self, config: &NodeConfig) -> Result<(), Vec<HostError>> {
+        let observed = Observed::read(self, config, Rules::Manage, Scope::Everything).await.map_err(|e| vec![e])?;
+        let plan = Plan::new(config, &Desired::nothing(config), &observed);
+        let mut failures = self.apply_all(&plan).await.err().unwrap_or_default();
+        failures.extend(ipset::destroy_leftover().await.err().map(HostError::from));
+        for family in [Family::V4, Family::V6] {
+            failures.extend(clear_other_backend(family).await.err().map(HostError::from));
+            failures.extend(remove_blank_tables(family).await.err().map(HostError::from));
+        }
+        if failures.is_empty() { Ok(()) } else { Err(failures) }
+    }
+
+    /// Why sets cannot be had, when iptables refused a rule over one.
+    fn set_refused(&self) -> Option<String> {
+        self.set_refused.lock().ok().and_then(|refused| refused.clone())
+    }
+
+    fn learn_about_sets(&self, plan: &Plan, error: &firewall::FirewallError) {
+        let uses_set = plan.steps.iter().any(
+            |step| matches!(step, plan::Step::Firewall(_, transaction) if transaction.adds_use_of_set(ipset::SET)),
+        );
+        let reason = error_chain(error);
+        let about_sets = ["`set'", "xt_set", "ipset"].iter().any(|word| reason.contains(word));
+        if uses_set
+            && about_sets
+            && let Ok(mut refused) = self.set_refused.lock()
+        {
+            *refused = Some(reason);
+        }
+    }
+}
+
+/// Removes rules of ours that stand in the backend which plain `iptables` cannot see, and enforces them all the same.
+async fn clear_other_backend(family: Family) -> Result<(), FirewallError> {
+    let Some(backend) = firewall::other_backend().await? else { return Ok(()) };
+    let standing = firewall::read(family, backend).await?;
+    firewall::write(family, backend, &firewall::diff(&[], &standing)).await
+}
+
+/// Removes the empty tables that iptables-nft leaves behind. Without `nft` they stay, and do nothing.
+async fn remove_blank_tables(family: Family) -> Result<(), FirewallError> {
+    if command::find("nft").is_none() || command::find(&family.tool(Backend::Nft, "-save")).is_none() {
+        return Ok(());
+    }
+    let standing = firewall::read(family, Backend::Nft).await?;
+    firewall::remove_blank_nft_tables(family, &standing).await
+}
+
+/// What was found, in one line.
+#[must_use]
+pub fn summary(findings: &[Finding]) -> String {
+    findings.iter().map(|finding| finding.text.as_str()).collect::<Vec<_>>().join("; ")
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,107 @@
+//! Runs a plan. Nothing is decided here.
+
+use ipnet::Ipv4Net;
+
+use super::desired::Bridge;
+use super::firewall::{self, Backend};
+use super::links::Mac;
+use super::plan::{Plan, Step};
+use super::sysctl::{self, Setting};
+use super::{Host, HostError};
+use crate::config::BRIDGE;
+use crate::{files, host::ipset};
+
+/// Mode of a folder that other programs read too.
+const SHARED_FOLDER_MODE: u32 = 0o755;
+
+impl Host {
+    /// Takes the steps of a plan in their order and stops at the first that fails.
+    ///
+    /// # Errors
+    /// [`HostError`], before any step when there are obstacles.
+    pub(super) async fn apply(&self, plan: &Plan) -> Result<(), HostError> {
+        if !plan.obstacles.is_empty() {
+            return Err(HostError::Obstacle(plan.obstacles.join("; ")));
+        }
+        for step in &plan.steps {
+            self.take(step).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes every step of a plan, whatever the others do.
+    ///
+    /// # Errors
+    /// All that failed, in order.
+    pub(super) async fn apply_all(&self, plan: &Plan) -> Result<(), Vec<HostError>> {
+        let mut failures: Vec<_> = plan.obstacles.iter().cloned().map(HostError::Obstacle).collect();
+        for step in &plan.steps {
+            failures.extend(self.take(step).await.err());
+        }
+        if failures.is_empty() { Ok(()) } else { Err(failures) }
+    }
+
+    async fn take(&self, step: &Step) -> Result<(), HostError> {
+        match step {
+            Step::Guard(keys) => sysctl::guard(keys).await?,
+            Step::FillSet { entries, old } => ipset::fill(entries, old).await?,
+            Step::Firewall(family, transaction) => firewall::write(*family, Backend::Host, transaction).await?,
+            Step::DestroySet(_) => ipset::destroy().await?,
+            Step::CreateBridge { mac, bridge } => self.create_bridge(*mac, bridge).await?,
+            Step::PinMac(mac) => self.links.pin_mac(self.index(BRIDGE).await?, *mac).await?,
+            Step::SetMtu { to, .. } => self.links.set_mtu(self.index(BRIDGE).await?, *to).await?,
+            Step::AddAddress(address) => self.links.add_address(self.index(BRIDGE).await?, *address).await?,
+            Step::RemoveAddress(address) => self.links.remove_address(self.index(BRIDGE).await?, *address).await?,
+            Step::SetUp(name) => self.links.set_up(self.index(name).await?, name).await?,
+            Step::SetDown(name) => self.links.set_down(self.index(name).await?, name).await?,
+            Step::IsolatePort { port, isolated } => self.isolate(port, *isolated).await?,
+            Step::Sysctl(settings) => {
+                let settings: Vec<Setting> = settings.iter().map(|(setting, _)| setting.clone()).collect();
+                sysctl::write(&settings).await?;
+            }
+            Step::RemoveLocalRoute { nic, subnet } => self.remove_local_route(nic, *subnet).await?,
+            Step::WriteFile { path, new, mode, .. } => {
+                if let Some(folder) = path.parent() {
+                    files::make_folder(folder, SHARED_FOLDER_MODE)?;
+                }
+                files::write_durably(path, new.as_bytes(), *mode)?;
+            }
+            Step::RemoveFile { path, .. } => drop(files::remove(path)?),
+            Step::RemoveLeaseRoutes(addresses) => {
+                let bridge = self.index(BRIDGE).await?;
+                for address in addresses {
+                    self.links.remove_lease_route(bridge, *address).await?;
+                }
+            }
+            Step::DeleteBridge => self.links.delete(self.index(BRIDGE).await?, BRIDGE).await?,
+        }
+        Ok(())
+    }
+
+    async fn create_bridge(&self, mac: Mac, bridge: &Bridge) -> Result<(), HostError> {
+        self.links.create_bridge(BRIDGE, mac).await?;
+        let index = self.index(BRIDGE).await?;
+        self.links.pin_mac(index, mac).await?;
+        if let Some(mtu) = bridge.mtu {
+            self.links.set_mtu(index, mtu).await?;
+        }
+        self.links.add_address(index, bridge.address).await?;
+        Ok(self.links.set_up(index, BRIDGE).await?)
+    }
+
+    /// A port that has gone since it was looked at needs no isolation.
+    async fn isolate(&self, port: &str, isolated: bool) -> Result<(), HostError> {
+        match self.links.index_of(port).await? {
+            Some(index) => Ok(self.links.isolate(index, port, isolated).await?),
+            None => Ok(()),
+        }
+    }
+
+    async fn remove_local_route(&self, nic: &str, subnet: Ipv4Net) -> Result<(), HostError> {
+        Ok(self.links.remove_local_route(self.index(nic).await?, subnet).await?)
+    }
+
+    async fn index(&self, name: &str) -> Result<u32, HostError> {
+        self.links.index_of(name).await?.ok_or_else(|| HostError::NoSuchInterface(name.to_owned()))
+    }
+}

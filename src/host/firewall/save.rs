@@ -1,0 +1,204 @@
+//! Reading `iptables-save -c`.
+
+use std::collections::BTreeMap;
+
+use super::rule::Rule;
+
+/// All that one `iptables-save` printed: tables by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    tables: BTreeMap<String, Table>,
+}
+
+/// One table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Table {
+    /// Chains in the order printed, with the policy of built-in ones (`-` for the others).
+    pub chains: Vec<(String, String)>,
+    rules: Vec<(String, SavedRule)>,
+}
+
+/// A rule that stands in a chain, with what it has counted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedRule {
+    /// The rule.
+    pub rule: Rule,
+    /// How much traffic it has matched.
+    pub counters: Counters,
+}
+
+/// How much traffic a rule or a set entry has matched.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Counters {
+    fn add_assign(&mut self, other: Self) {
+        self.packets = self.packets.saturating_add(other.packets);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+    }
+}
+
+/// Why the answer of `iptables-save` cannot be relied on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SaveError {
+    /// Somebody put rules into one of our tables that iptables cannot show.
+    #[error(
+        "table `{0}` holds native nftables rules that iptables cannot show, so isolation cannot be verified; \
+         move them into a table of their own (see `nft list table ip {0}`)"
+    )]
+    Incompatible(String),
+    /// The output ends within a table.
+    #[error("the output ends within table `{0}`")]
+    Truncated(String),
+    /// A line that makes no sense.
+    #[error("line {number} cannot be read: `{line}`")]
+    Line {
+        /// Its number, from 1.
+        number: usize,
+        /// The line.
+        line: String,
+    },
+}
+
+impl Ruleset {
+    /// Reads the output of `iptables-save -c`.
+    ///
+    /// # Errors
+    /// [`SaveError`] unless every line was understood and every table is whole.
+    pub fn parse(text: &str) -> Result<Self, SaveError> {
+        let mut ruleset = Self::default();
+        let mut open: Option<(String, Table)> = None;
+        for (index, line) in text.lines().enumerate() {
+            let bad = || SaveError::Line { number: index + 1, line: line.to_owned() };
+            if let Some(comment) = line.strip_prefix('#') {
+                if let Some(name) = incompatible_table(comment) {
+                    return Err(SaveError::Incompatible(name.to_owned()));
+                }
+            } else if let Some(name) = line.strip_prefix('*') {
+                if open.is_some() {
+                    return Err(bad());
+                }
+                open = Some((name.trim().to_owned(), Table::default()));
+            } else if line == "COMMIT" {
+                let (name, table) = open.take().ok_or_else(bad)?;
+                ruleset.tables.insert(name, table);
+            } else if !line.trim().is_empty() {
+                let (_, table) = open.as_mut().ok_or_else(bad)?;
+                table.read_line(line).ok_or_else(bad)?;
+            }
+        }
+        match open {
+            Some((name, _)) => Err(SaveError::Truncated(name)),
+            None => Ok(ruleset),
+        }
+    }
+
+    /// The tables by name.
+    pub fn tables(&self) -> impl Iterator<Item = (&str, &Table)> {
+        self.tables.iter().map(|(name, table)| (name.as_str(), table))
+    }
+
+    /// The rules of a chain in their order; none when there is no such table or chain.
+    #[must_use]
+    pub fn chain(&self, table: &str, chain: &str) -> Vec<&SavedRule> {
+        let rules = self.tables.get(table).map_or(&[][..], |table| &table.rules);
+        rules.iter().filter(|(name, _)| name == chain).map(|(_, rule)| rule).collect()
+    }
+
+    /// Every rule of ours as `(table, chain, rule)`.
+    pub fn ours(&self) -> impl Iterator<Item = (&str, &str, &SavedRule)> {
+        self.tables().flat_map(|(name, table)| {
+            let ours = table.rules.iter().filter(|(_, saved)| saved.rule.is_ours());
+            ours.map(move |(chain, saved)| (name, chain.as_str(), saved))
+        })
+    }
+}
+
+impl Table {
+    /// Whether nothing is lost if the table goes: no rule, no chain of its own, every policy ACCEPT.
+    #[must_use]
+    pub fn is_blank(&self) -> bool {
+        self.rules.is_empty() && self.chains.iter().all(|(_, policy)| policy == "ACCEPT")
+    }
+
+    fn read_line(&mut self, line: &str) -> Option<()> {
+        if let Some(chain) = line.strip_prefix(':') {
+            let mut words = chain.split_whitespace();
+            self.chains.push((words.next()?.to_owned(), words.next()?.to_owned()));
+            return Some(());
+        }
+        let (counters, rest) = match line.strip_prefix('[') {
+            Some(rest) => {
+                let (counters, rest) = rest.split_once("] ")?;
+                let (packets, bytes) = counters.split_once(':')?;
+                (Counters { packets: packets.parse().ok()?, bytes: bytes.parse().ok()? }, rest)
+            }
+            None => (Counters::default(), line),
+        };
+        let (chain, text) = rest.strip_prefix("-A ")?.split_once(' ').unwrap_or((rest.strip_prefix("-A ")?, ""));
+        self.rules.push((chain.to_owned(), SavedRule { rule: Rule::parse(text).ok()?, counters }));
+        Some(())
+    }
+}
+
+/// The name within "Table `filter' is incompatible, use 'nft' tool.", which iptables-nft-save prints in place of the
+/// table, with exit status 0. Only the tables that we put rules into matter.
+fn incompatible_table(comment: &str) -> Option<&str> {
+    let (name, rest) = comment.trim().strip_prefix("Table `")?.split_once('\'')?;
+    (rest.contains("is incompatible") && matches!(name, "filter" | "nat")).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAVED: &str = "# Generated by iptables-save v1.8.9 (nf_tables)\n*filter\n:INPUT ACCEPT [0:0]\n\
+        :FORWARD ACCEPT [0:0]\n:DOCKER - [0:0]\n[3:252] -A FORWARD -d 10.0.0.0/8 -i cni0 -m comment --comment \
+        cocoon-net-drop -j DROP\n-A FORWARD -j DOCKER\nCOMMIT\n# Completed\n";
+
+    #[test]
+    fn chains_rules_and_counters_are_read() {
+        let ruleset = Ruleset::parse(SAVED).unwrap();
+        let forward = ruleset.chain("filter", "FORWARD");
+        assert_eq!(forward.len(), 2);
+        assert_eq!(forward[0].counters, Counters { packets: 3, bytes: 252 });
+        assert_eq!(ruleset.ours().count(), 1);
+        assert!(ruleset.chain("nat", "POSTROUTING").is_empty());
+    }
+
+    #[test]
+    fn nothing_printed_is_an_empty_ruleset() {
+        assert_eq!(Ruleset::parse("").unwrap(), Ruleset::default());
+    }
+
+    #[test]
+    fn a_table_that_iptables_cannot_show_is_an_error_although_it_exits_with_0() {
+        let error = Ruleset::parse("# Table `filter' is incompatible, use 'nft' tool.\n").unwrap_err();
+        assert_eq!(error, SaveError::Incompatible("filter".to_owned()));
+        assert!(Ruleset::parse("# Table `mangle' is incompatible, use 'nft' tool.\n").is_ok());
+    }
+
+    #[test]
+    fn partial_output_is_an_error() {
+        for cut in 1..SAVED.find("COMMIT").unwrap() {
+            if SAVED[..cut].contains('*') {
+                assert!(Ruleset::parse(&SAVED[..cut]).is_err(), "{}", &SAVED[..cut]);
+            }
+        }
+        assert!(matches!(Ruleset::parse("*filter\nnoise\nCOMMIT\n"), Err(SaveError::Line { number: 2, .. })));
+    }
+
+    #[test]
+    fn a_table_with_a_policy_or_a_chain_of_its_own_is_not_blank() {
+        let table = |text: &str| Ruleset::parse(text).unwrap().tables["filter"].clone();
+        assert!(table("*filter\n:INPUT ACCEPT [0:0]\nCOMMIT\n").is_blank());
+        assert!(!table("*filter\n:INPUT DROP [0:0]\nCOMMIT\n").is_blank());
+        assert!(!table("*filter\n:MINE - [0:0]\nCOMMIT\n").is_blank());
+        assert!(!table(SAVED).is_blank());
+    }
+}

@@ -1,0 +1,173 @@
+//! What the host looks like. Reads, and never writes.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use super::cni::Isolation;
+use super::desired::{Rules, needs_set};
+use super::firewall::{self, Backend, Family, Ruleset};
+use super::guest_agent;
+use super::ipset::{self, SetState};
+use super::links::Link;
+use super::sysctl;
+use super::{Host, HostError};
+use crate::config::{BRIDGE, InterfaceName, NodeConfig, Platform};
+use crate::files;
+
+/// Everything about the host that a plan depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observed {
+    /// IPv4 rules; empty where rules are not ours to write.
+    pub v4: Ruleset,
+    /// IPv6 rules.
+    pub v6: Ruleset,
+    /// The set of drop targets.
+    pub set: SetState,
+    /// Network interfaces.
+    pub links: Vec<Link>,
+    /// Kernel parameters that could be read.
+    pub sysctls: BTreeMap<String, String>,
+    /// The CNI configuration, if there is one.
+    pub conflist: Option<Vec<u8>>,
+    /// The cron file, if there is one.
+    pub cron: Option<Vec<u8>>,
+    /// Whether the guest agent's local route is there.
+    pub local_route: bool,
+    /// Addresses that have the route of a lease; read only when the node is given back.
+    pub lease_routes: Vec<Ipv4Addr>,
+}
+
+impl Default for Observed {
+    fn default() -> Self {
+        Self {
+            v4: Ruleset::default(),
+            v6: Ruleset::default(),
+            set: SetState::Absent,
+            links: Vec::new(),
+            sysctls: BTreeMap::new(),
+            conflist: None,
+            cron: None,
+            local_route: false,
+            lease_routes: Vec::new(),
+        }
+    }
+}
+
+/// How much is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// What keeping the node true depends on.
+    Node,
+    /// That, and what giving it back must find.
+    Everything,
+}
+
+impl Observed {
+    /// Looks at the host.
+    ///
+    /// # Errors
+    /// [`HostError`] when any part cannot be read: what was not seen must not be taken for absent.
+    pub async fn read(host: &Host, config: &NodeConfig, rules: Rules, scope: Scope) -> Result<Self, HostError> {
+        let (v4, v6, set) = match rules {
+            Rules::Manage => {
+                let (v4, v6, set) = tokio::join!(
+                    firewall::read(Family::V4, Backend::Host),
+                    firewall::read(Family::V6, Backend::Host),
+                    ipset::read()
+                );
+                (v4?, v6?, host.set_refused().map_or(set?, SetState::Unavailable))
+            }
+            Rules::Leave => (Ruleset::default(), Ruleset::default(), SetState::Absent),
+        };
+        let links = host.links.read().await?;
+        let index = |name: &str| links.iter().find(|link| link.name == name).map(|link| link.index);
+
+        let local_route = match index(config.primary_nic.as_str()) {
+            Some(nic) if config.platform == Platform::Gke => {
+                host.links.has_local_route(nic, config.subnet.net()).await?
+            }
+            _ => false,
+        };
+        let lease_routes = match index(BRIDGE) {
+            Some(bridge) if scope == Scope::Everything => host.links.lease_routes(bridge, config.subnet.net()).await?,
+            _ => Vec::new(),
+        };
+        let conf = |interface: &str| format!("net/ipv4/conf/{interface}/rp_filter");
+        let uplinks = config.uplinks().iter().map(InterfaceName::as_str);
+        let keys: Vec<String> = [sysctl::BRIDGE_CALLS_IPTABLES, sysctl::BRIDGE_CALLS_IP6TABLES, sysctl::IP_FORWARD]
+            .into_iter()
+            .map(str::to_owned)
+            .chain(["all", "default", BRIDGE].into_iter().chain(uplinks).map(conf))
+            .collect();
+        Ok(Self {
+            v4,
+            v6,
+            set,
+            sysctls: sysctl::read_all(keys.iter().map(String::as_str)),
+            links,
+            conflist: files::read_optional(&config.conflist_path())?,
+            cron: files::read_optional(&guest_agent::cron_path())?,
+            local_route,
+            lease_routes,
+        })
+    }
+
+    /// The interface of this name.
+    #[must_use]
+    pub fn link(&self, name: &str) -> Option<&Link> {
+        self.links.iter().find(|link| link.name == name)
+    }
+
+    /// The bridge, if there is an interface of its name.
+    #[must_use]
+    pub fn bridge(&self) -> Option<&Link> {
+        self.link(BRIDGE)
+    }
+
+    /// The ports of the bridge.
+    pub fn ports(&self) -> impl Iterator<Item = &Link> {
+        let bridge = self.bridge().map(|bridge| bridge.index);
+        self.links.iter().filter(move |link| link.master.is_some() && link.master == bridge)
+    }
+
+    /// MTU of an interface in bytes.
+    #[must_use]
+    pub fn mtu_of(&self, nic: &InterfaceName) -> Option<u32> {
+        self.link(nic.as_str()).map(|link| link.mtu)
+    }
+
+    /// The isolation keys that the CNI configuration already has.
+    #[must_use]
+    pub fn conflist_isolation(&self) -> Isolation {
+        self.conflist.as_deref().map(Isolation::of).unwrap_or_default()
+    }
+
+    /// Why sets cannot be had on this host, if they cannot.
+    #[must_use]
+    pub fn set_unavailable(&self) -> Option<&str> {
+        match &self.set {
+            SetState::Unavailable(reason) => Some(reason),
+            SetState::Absent | SetState::Present(_) => None,
+        }
+    }
+
+    /// A warning when the drops would be in a set but the host has none.
+    #[must_use]
+    pub fn set_warning(&self, config: &NodeConfig) -> Option<String> {
+        let reason = self.set_unavailable().filter(|_| needs_set(config))?;
+        Some(format!(
+            "{} drop targets are plain rules, since no ipset can be had ({reason}): each packet of this node passes all \
+             of them, about 33 ns a rule with nft and 5 ns with legacy; install ipset to make it one rule",
+            config.drop_targets().len()
+        ))
+    }
+
+    /// Addresses of the node that lie inside a dropped range. The drops are about forwarded traffic, so these stay
+    /// reachable for the VMs.
+    #[must_use]
+    pub fn own_addresses_in_drops(&self, config: &NodeConfig) -> Vec<Ipv4Addr> {
+        let targets = config.drops.cidrs.iter().map(|cidr| cidr.net()).collect::<Vec<_>>();
+        let own = self.links.iter().filter(|link| link.name != "lo").flat_map(|link| &link.addresses);
+        own.map(ipnet::Ipv4Net::addr).filter(|address| targets.iter().any(|target| target.contains(address))).collect()
+    }
+}
