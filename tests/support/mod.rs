@@ -14,13 +14,12 @@
 //! ```no_run
 //! //! What the drops keep a VM from.
 //! mod support;
-//! use support::{GATEWAY, INTERNET, Node, SUBNET};
+//! use support::{GATEWAY, INTERNET, Node};
 //!
 //! #[test]
 //! fn a_vm_does_not_reach_its_neighbour() {
 //!     let node = Node::new();                       // a fresh host: uplink ens4, no bridge, toggles 0
-//!     node.cocoon(["adopt", "--platform", "none", "--node-name", "n1", "--subnet", SUBNET,
-//!                  "--manage-iptables", "--drop-internal-access"]).succeeded();
+//!     node.adopt("--drop-internal-access").succeeded();
 //!     let (a, b) = (node.vm("a"), node.vm("b"));    // plugged into cni0: .11 and .12, default route
 //!     assert!(a.reaches(GATEWAY));                  // the positive control: several tries, a few seconds
 //!     assert!(a.reaches(INTERNET));
@@ -35,7 +34,7 @@
 //! - Running things, in any namespace, arguments as a list or as one string of words: `node.run("ip link")` gives an
 //!   [`Output`], `node.ok("ip link")` insists on success and gives stdout, `node.spawn(...)` a [`Process`] that is killed
 //!   when it is dropped, and `node.command(...)` takes an environment, standard input and a deadline.
-//!   `node.cocoon(...)` runs the program under test, `node.daemon(...)` starts it and waits for its `READY=1`,
+//!   `node.cocoon(...)` runs the program under test (`node.adopt(...)` with the usual flags), `node.daemon(...)` starts it and waits for its `READY=1`,
 //!   `node.execs(...)` lists the processes it starts. The environment is clean but for what [`Host::set_env`] sets.
 //! - Running code: `node.enter(move || ...)` calls a closure on the namespace's thread; sockets made there stay there.
 //! - Files: `read`, `try_read`, `write`, `exists`, `mkdir`, all as seen from inside.
@@ -44,7 +43,7 @@
 //!   but spawned processes is left running).
 //! - Traffic: `reaches` and `is_cut_off_from` by ping; `tcp_reaches`, `tcp_is_cut_off_from`, `udp_reaches`,
 //!   `udp_is_cut_off_from` against [`Host::echo`]; `vm.frame_reaches(&other, Frame)` for anything that is not IP.
-//! - The state of a host: [`Host::snapshot`] holds both iptables backends, ipsets, links, addresses, routes, sysctls and
+//! - The state of a host: `node.rules("filter", "FORWARD")` lists a chain; [`Host::snapshot`] holds both iptables backends, ipsets, links, addresses, routes, sysctls and
 //!   files; `node.assert_back_to(&before)` waits a moment for the kernel and shows what differs.
 //!
 //! A test's own functions outside `#[test]` may not `unwrap`: end a call with [`Output::succeeded`] or [`Host::ok`], which

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::host::{HARNESS, Host};
 use super::process::{IntoArgs, Output, Process};
 use super::vm::{Vm, VmBuilder};
-use super::{INSIDE_TEN, INTERNET, INTERNET_TOO, METADATA, METADATA_VOLCENGINE, NODE_ADDRESS, ROUTER};
+use super::{INSIDE_TEN, INTERNET, INTERNET_TOO, METADATA, METADATA_VOLCENGINE, NODE_ADDRESS, ROUTER, SUBNET};
 
 /// Which kernel interface `iptables` speaks to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +76,20 @@ impl Node {
     #[track_caller]
     pub fn spawn_cocoon(&self, args: impl IntoArgs) -> Process {
         self.spawn(cocoon(args))
+    }
+
+    /// Runs `adopt` for [`SUBNET`] on platform none, rules included, with more flags (`""` for none).
+    #[track_caller]
+    pub fn adopt(&self, flags: impl IntoArgs) -> Output {
+        let usual = format!("adopt --platform none --node-name n1 --subnet {SUBNET} --manage-iptables");
+        self.cocoon([usual.into_args(), flags.into_args()].concat())
+    }
+
+    /// The rules of a chain as `iptables -S` prints them, the policy left out.
+    #[track_caller]
+    pub fn rules(&self, table: &str, chain: &str) -> Vec<String> {
+        let listed = self.ok(["iptables", "-t", table, "-S", chain]);
+        listed.lines().filter(|line| line.starts_with("-A")).map(str::to_owned).collect()
     }
 
     /// Starts `cocoon-net daemon` with more flags (`""` for none) and waits until it tells systemd that it is ready.
