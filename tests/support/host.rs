@@ -136,6 +136,13 @@ impl Host {
         self.enter(move || fs::read_to_string(path))
     }
 
+    /// The content of a JSON file.
+    #[track_caller]
+    pub fn read_json(&self, path: impl AsRef<Path>) -> serde_json::Value {
+        let text = self.read(path);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("not JSON: {error}: {text}"))
+    }
+
     /// Writes a file, making the directories on its way.
     #[track_caller]
     pub fn write(&self, path: impl AsRef<Path>, content: impl Into<Vec<u8>>) {

@@ -37,7 +37,7 @@
 //!   `node.cocoon(...)` runs the program under test (`node.adopt(...)` with the usual flags), `node.daemon(...)` starts it and waits for its `READY=1`,
 //!   `node.execs(...)` lists the processes it starts. The environment is clean but for what [`Host::set_env`] sets.
 //! - Running code: `node.enter(move || ...)` calls a closure on the namespace's thread; sockets made there stay there.
-//! - Files: `read`, `try_read`, `write`, `exists`, `mkdir`, all as seen from inside.
+//! - Files: `read`, `read_json`, `try_read`, `write`, `exists`, `mkdir`, all as seen from inside.
 //! - Faults: `fake_tool("modprobe", "#!/bin/sh\nexit 1\n")` puts a stand-in first on `PATH` (`real_tool` finds the one it
 //!   hides), `read_only(dir)`, `full(dir)`, `hide(dir)`, `set_sysctl`, [`Process::kill_after`], `settle` (wait until nothing
 //!   but spawned processes is left running).

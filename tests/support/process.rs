@@ -173,6 +173,12 @@ impl Output {
         self.status.code().unwrap_or(-1)
     }
 
+    /// Its stdout as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("not JSON: {error}: {self}"))
+    }
+
     /// Panics, with everything it said, unless it exited with 0.
     #[track_caller]
     pub fn succeeded(self) -> Self {
