@@ -2,10 +2,12 @@
 //!
 //! | where | what |
 //! |---|---|
+//! | [`addresses`] | the pool: who holds which address, and which one is next |
 //! | [`wire`] | a datagram of an untrusted VM becomes a [`wire::Request`], or is refused |
 //! | [`reply`] | what goes back, and where to (RFC 2131 section 4.1) |
 //! | [`frame`] | Ethernet, IPv4 and UDP around both |
 
+pub mod addresses;
 pub mod frame;
 pub mod reply;
 pub mod wire;
