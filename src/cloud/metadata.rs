@@ -13,6 +13,7 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio::sync::OnceCell;
 
 use crate::cloud::chain;
 use crate::config::Platform;
@@ -94,6 +95,7 @@ pub struct Metadata {
     fallback: Option<&'static str>,
     base: &'static str,
     google: bool,
+    addresses: OnceCell<Vec<SocketAddr>>,
 }
 
 impl Metadata {
@@ -113,11 +115,11 @@ impl Metadata {
     }
 
     fn google_at(authority: String) -> Self {
-        Self { authority, fallback: None, base: "/computeMetadata/v1", google: true }
+        Self { authority, fallback: None, base: "/computeMetadata/v1", google: true, addresses: OnceCell::new() }
     }
 
     fn volcengine_at(authority: String) -> Self {
-        Self { authority, fallback: None, base: "/latest/meta-data", google: false }
+        Self { authority, fallback: None, base: "/latest/meta-data", google: false, addresses: OnceCell::new() }
     }
 
     /// One value, such as `/instance/name`.
@@ -141,7 +143,8 @@ impl Metadata {
         path: &str,
     ) -> Result<(Response<()>, Bytes), Box<dyn std::error::Error + Send + Sync>> {
         tracing::debug!(url, "asking the metadata server");
-        let stream = TcpStream::connect(self.addresses().await?.as_slice()).await?;
+        let addresses = self.addresses.get_or_try_init(|| self.resolve()).await?;
+        let stream = TcpStream::connect(addresses.as_slice()).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let mut request = Request::get(format!("{}{path}", self.base)).header(HOST, &self.authority);
         if self.google {
@@ -164,11 +167,11 @@ impl Metadata {
         }
     }
 
-    async fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
+    async fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         let named = with_port(&self.authority);
         match self.fallback {
             None => resolve(named).await,
-            Some(fallback) => match tokio::time::timeout(TIMEOUT / 2, resolve(named)).await {
+            Some(fallback) => match tokio::time::timeout(TIMEOUT / 4, resolve(named)).await {
                 Ok(Ok(found)) => Ok(found),
                 _ => resolve(with_port(fallback)).await,
             },

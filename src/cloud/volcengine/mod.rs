@@ -3,7 +3,8 @@
 //! The id of each ENI is in `pool.json` before the next is made, and the name of one is there before it is made, so
 //! that a run that is interrupted at any moment leaves nothing that the next run, or `teardown`, would not find.
 
-pub mod api;
+pub mod answers;
+pub mod calls;
 pub mod credentials;
 mod provision;
 mod session;

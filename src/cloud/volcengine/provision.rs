@@ -9,7 +9,8 @@ use nix::net::if_::if_nametoindex;
 use crate::cloud::limits::{Limits, wait_for};
 use crate::cloud::progress::Work;
 use crate::cloud::vendor::{Args, CallError};
-use crate::cloud::volcengine::api::{self, Eni, EniState, VpcSubnet};
+use crate::cloud::volcengine::answers::{CreatedInterface, Eni, EniState, VpcSubnet};
+use crate::cloud::volcengine::calls;
 use crate::cloud::volcengine::session::Session;
 use crate::cloud::volcengine::{ADDRESSES_PER_ENI, ENIS, Volcengine, VolcengineError};
 use crate::cloud::{Checkpoint, CloudError};
@@ -95,8 +96,8 @@ impl Volcengine {
         let group = if enis.len() < ENIS { session.security_group().await? } else { String::new() };
         for n in 0..ENIS {
             if n >= enis.len() {
-                let name = api::free_name(node, enis.iter().map(|eni| eni.name.as_str()));
-                calls.push(api::create_interface(&subnet_id, &group, &name));
+                let name = calls::free_name(node, enis.iter().map(|eni| eni.name.as_str()));
+                calls.push(calls::create_interface(&subnet_id, &group, &name));
                 enis.push(Eni::new(format!("ID-OF-{name}"), name));
             }
             calls.extend(steps(&enis[n], &session.instance));
@@ -190,12 +191,12 @@ impl Claim<'_> {
         save: &mut Checkpoint<'_>,
         work: &mut Work,
     ) -> Result<(), CloudError> {
-        let mut last = api::interfaces_of_instance(&self.session.instance);
+        let mut last = calls::interfaces_of_instance(&self.session.instance);
         if enis.len() < ENIS {
             let group = self.session.security_group().await?;
             for _ in enis.len()..ENIS {
-                let name = api::free_name(pool.config.node_name.as_str(), enis.iter().map(|eni| eni.name.as_str()));
-                last = api::create_interface(&self.subnet.subnet_id, &group, &name);
+                let name = calls::free_name(pool.config.node_name.as_str(), enis.iter().map(|eni| eni.name.as_str()));
+                last = calls::create_interface(&self.subnet.subnet_id, &group, &name);
                 let id = self.create(pool, &name, &last, save).await?;
                 work.step(&format!("made {id}"));
                 enis.push(Eni::new(id, name));
@@ -217,7 +218,7 @@ impl Claim<'_> {
     ) -> Result<String, CloudError> {
         pool.pending_eni = Some(name.to_owned());
         save(pool)?;
-        match self.session.call::<api::CreatedInterface>(call).await {
+        match self.session.call::<CreatedInterface>(call).await {
             Ok(created) => {
                 pool.eni_ids.push(created.network_interface_id.clone());
                 pool.pending_eni = None;
@@ -237,7 +238,7 @@ impl Claim<'_> {
     /// Attaches an ENI to this instance. One after the other: the host names its interfaces in the order they come.
     async fn attach(&self, eni: &mut Eni, work: &mut Work) -> Result<(), CloudError> {
         if eni.state() == EniState::Available {
-            let call = api::attach(&eni.id, &self.session.instance);
+            let call = calls::attach(&eni.id, &self.session.instance);
             let answer = self.session.tell(&call).await;
             self.unless(answer, &eni.id, |now| now.state() != EniState::Available).await?;
             *eni = self.session.settled(&eni.id, EniState::InUse, &call, self.limits.attach).await?;
@@ -250,7 +251,7 @@ impl Claim<'_> {
     async fn assign(&self, eni: &Eni, work: &mut Work) -> Result<(), CloudError> {
         let short = shortfall(eni);
         if short > 0 {
-            let answer = self.session.tell(&api::assign(&eni.id, short)).await;
+            let answer = self.session.tell(&calls::assign(&eni.id, short)).await;
             self.unless(answer, &eni.id, |now| shortfall(now) == 0).await?;
             work.step(&format!("assigned {short} addresses to {}", eni.id));
         }
@@ -289,7 +290,7 @@ impl Claim<'_> {
             (None, id) => {
                 let id = id.unwrap_or_default();
                 let missing = format!("{id} did not show {ADDRESSES_PER_ENI} secondary addresses");
-                Err(self.session.no_effect(&api::assign(&id, ADDRESSES_PER_ENI), missing, limit))
+                Err(self.session.no_effect(&calls::assign(&id, ADDRESSES_PER_ENI), missing, limit))
             }
         }
     }
@@ -302,8 +303,8 @@ fn shortfall(eni: &Eni) -> usize {
 
 /// The calls that an ENI still needs.
 fn steps(eni: &Eni, instance: &str) -> Vec<Args> {
-    let attach = (eni.state() != EniState::InUse).then(|| api::attach(&eni.id, instance));
-    let assign = (shortfall(eni) > 0).then(|| api::assign(&eni.id, shortfall(eni)));
+    let attach = (eni.state() != EniState::InUse).then(|| calls::attach(&eni.id, instance));
+    let assign = (shortfall(eni) > 0).then(|| calls::assign(&eni.id, shortfall(eni)));
     attach.into_iter().chain(assign).collect()
 }
 
@@ -370,9 +371,9 @@ mod tests {
     #[test]
     fn an_eni_needs_what_it_lacks() {
         let free = eni(r#"{"NetworkInterfaceId":"eni-1","Status":"Available"}"#);
-        assert_eq!(steps(&free, "i-1"), [api::attach("eni-1", "i-1"), api::assign("eni-1", 20)]);
+        assert_eq!(steps(&free, "i-1"), [calls::attach("eni-1", "i-1"), calls::assign("eni-1", 20)]);
         let partly = eni(r#"{"NetworkInterfaceId":"eni-1","Status":"InUse","DeviceId":"i-1","PrivateIpSets":
             {"PrivateIpSet":[{"PrivateIpAddress":"10.0.0.3","Primary":true},{"PrivateIpAddress":"10.0.0.4"}]}}"#);
-        assert_eq!(steps(&partly, "i-1"), [api::assign("eni-1", 19)]);
+        assert_eq!(steps(&partly, "i-1"), [calls::assign("eni-1", 19)]);
     }
 }

@@ -10,7 +10,10 @@ use crate::cloud::limits::{Limits, wait_for};
 use crate::cloud::metadata::{Metadata, MetadataError};
 use crate::cloud::vendor::{CallError, Cli};
 use crate::cloud::volcengine::VolcengineError;
-use crate::cloud::volcengine::api::{self, Eni, EniState, Envelope, Listed, Page, SecurityGroup, VpcSubnet};
+use crate::cloud::volcengine::answers::{
+    CreatedSubnet, Eni, EniState, Envelope, Listed, Page, SecurityGroup, VpcSubnet,
+};
+use crate::cloud::volcengine::calls;
 use crate::cloud::volcengine::credentials::{self, Environment};
 use crate::config::Subnet;
 
@@ -97,7 +100,7 @@ impl<'a> Session<'a> {
         let mut all = Vec::new();
         for number in 1..=MOST_PAGES {
             let read = |envelope: Envelope| envelope.result().and_then(Page::read);
-            let page: Page<T> = self.call_with(&api::page(call, number), read).await?;
+            let page: Page<T> = self.call_with(&calls::page(call, number), read).await?;
             let followed = page.is_followed(all.len() + page.items.len());
             all.extend(page.items);
             if !followed {
@@ -112,7 +115,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// [`CallError`], and when the VPC has none.
     pub async fn security_group(&self) -> Result<String, CloudError> {
-        let first = self.list::<SecurityGroup>(&api::describe_security_groups(&self.vpc)).await?.into_iter().next();
+        let first = self.list::<SecurityGroup>(&calls::describe_security_groups(&self.vpc)).await?.into_iter().next();
         Ok(first.ok_or_else(|| VolcengineError::NoSecurityGroup { vpc: self.vpc.clone() })?.security_group_id)
     }
 
@@ -121,7 +124,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// [`CallError`].
     pub async fn subnet(&self, subnet: Subnet) -> Result<Option<VpcSubnet>, CallError> {
-        let all = self.list::<VpcSubnet>(&api::describe_subnets(&self.vpc)).await?;
+        let all = self.list::<VpcSubnet>(&calls::describe_subnets(&self.vpc)).await?;
         Ok(all.into_iter().find(|candidate| candidate.is(subnet)))
     }
 
@@ -130,7 +133,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// When the metadata server does not say which zone this is.
     pub async fn create_subnet_call(&self, subnet: Subnet, node: &str) -> Result<Vec<String>, MetadataError> {
-        Ok(api::create_subnet(&self.vpc, subnet, &zone(self.metadata).await?, node))
+        Ok(calls::create_subnet(&self.vpc, subnet, &zone(self.metadata).await?, node))
     }
 
     /// The VMs' subnet, made if it is not there, and ready to have ENIs in it.
@@ -140,7 +143,7 @@ impl<'a> Session<'a> {
     pub async fn ensure_subnet(&self, subnet: Subnet, node: &str) -> Result<VpcSubnet, CloudError> {
         let call = match self.subnet(subnet).await? {
             Some(ready) if ready.is_ready() => return Ok(ready),
-            Some(_) => api::describe_subnets(&self.vpc),
+            Some(_) => calls::describe_subnets(&self.vpc),
             None => self.create_subnet(subnet, node).await?,
         };
         let limit = self.limits.visible;
@@ -152,7 +155,7 @@ impl<'a> Session<'a> {
     async fn create_subnet(&self, subnet: Subnet, node: &str) -> Result<Vec<String>, CloudError> {
         let call = self.create_subnet_call(subnet, node).await?;
         tracing::info!(%subnet, vpc = %self.vpc, "making the VPC subnet");
-        match self.call::<api::CreatedSubnet>(&call).await {
+        match self.call::<CreatedSubnet>(&call).await {
             Ok(created) => tracing::info!(%subnet, id = %created.subnet_id, "made the VPC subnet"),
             // Another run may have made it at the same moment, or an interrupted one be seen only now.
             Err(error) if self.subnet(subnet).await?.is_none() => return Err(error.into()),
@@ -166,7 +169,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// [`CallError`].
     pub async fn attached_in(&self, subnet_id: &str) -> Result<Vec<Eni>, CallError> {
-        let mut all: Vec<Eni> = self.list(&api::interfaces_of_instance(&self.instance)).await?;
+        let mut all: Vec<Eni> = self.list(&calls::interfaces_of_instance(&self.instance)).await?;
         all.retain(|eni| eni.may_be_ours() && eni.subnet_id == subnet_id && eni.device_id == self.instance);
         Ok(all)
     }
@@ -180,7 +183,7 @@ impl<'a> Session<'a> {
             return Ok(Vec::new());
         }
         let wanted: HashSet<&String> = ids.iter().collect();
-        let mut found: Vec<Eni> = match self.list(&api::interfaces_by_id(ids)).await {
+        let mut found: Vec<Eni> = match self.list(&calls::interfaces_by_id(ids)).await {
             // One that is gone must not hide the others.
             Err(error) if error.is_not_found() && ids.len() > 1 => {
                 let mut found = Vec::new();
@@ -217,7 +220,7 @@ impl<'a> Session<'a> {
         limit: Duration,
     ) -> Result<Option<Eni>, CallError> {
         wait_for(limit, async || {
-            let all: Vec<Eni> = self.list(&api::interfaces_in_subnet(subnet_id)).await?;
+            let all: Vec<Eni> = self.list(&calls::interfaces_in_subnet(subnet_id)).await?;
             Ok(all.into_iter().find(|eni| {
                 let free = eni.device_id.is_empty() || eni.device_id == self.instance;
                 eni.name == name && eni.subnet_id == subnet_id && eni.may_be_ours() && free && !known.contains(&eni.id)

@@ -6,7 +6,8 @@ use std::time::Duration;
 use crate::cloud::limits::wait_for;
 use crate::cloud::vendor::{Args, CallError};
 use crate::cloud::volcengine::Volcengine;
-use crate::cloud::volcengine::api::{self, Eni, EniState};
+use crate::cloud::volcengine::answers::{Eni, EniState};
+use crate::cloud::volcengine::calls;
 use crate::cloud::volcengine::session::Session;
 use crate::cloud::{Checkpoint, CloudError, chain};
 use crate::pool::Pool;
@@ -48,7 +49,7 @@ impl Volcengine {
         let left = left.map_err(|source| not_given_back(pool, source.into()))?;
         if let Some(id) = left.first() {
             let missing = format!("{id} was still there");
-            failed.get_or_insert(session.no_effect(&api::delete(id), missing, self.limits.visible));
+            failed.get_or_insert(session.no_effect(&calls::delete(id), missing, self.limits.visible));
         }
         if !deleted.is_empty() {
             pool.eni_ids.retain(|id| left.contains(id) || !deleted.contains(id));
@@ -65,7 +66,7 @@ impl Volcengine {
             state = self.at_rest(session, id).await?;
         }
         if state == Some(EniState::InUse) {
-            let detach = api::detach(id, &session.instance);
+            let detach = calls::detach(id, &session.instance);
             if let Err(error) = session.tell(&detach).await {
                 // An interrupted run may have detached it, and be seen only now.
                 match self.at_rest(session, id).await? {
@@ -75,7 +76,7 @@ impl Volcengine {
             }
             session.settled(id, EniState::Available, &detach, self.limits.attach).await?;
         }
-        match session.tell(&api::delete(id)).await {
+        match session.tell(&calls::delete(id)).await {
             Err(error) if error.is_not_found() => Ok(()),
             answer => Ok(answer?),
         }
@@ -91,7 +92,7 @@ impl Volcengine {
             })
         });
         let missing = || format!("{id} was neither available nor in use");
-        rest.await?.ok_or_else(|| session.no_effect(&api::interfaces_by_id(&[id.to_owned()]), missing(), limit))
+        rest.await?.ok_or_else(|| session.no_effect(&calls::interfaces_by_id(&[id.to_owned()]), missing(), limit))
     }
 
     /// The calls that `give_back` would make, for a dry run.
@@ -99,8 +100,8 @@ impl Volcengine {
         let session = self.session().await?;
         let ours = find(&session, pool, Duration::ZERO).await?;
         let calls = ours.seen.iter().flat_map(|eni| -> Vec<Args> {
-            let detach = (eni.state() != EniState::Available).then(|| api::detach(&eni.id, &session.instance));
-            detach.into_iter().chain([api::delete(&eni.id)]).collect()
+            let detach = (eni.state() != EniState::Available).then(|| calls::detach(&eni.id, &session.instance));
+            detach.into_iter().chain([calls::delete(&eni.id)]).collect()
         });
         Ok(calls.map(|call| session.line(&call)).collect())
     }
