@@ -1,7 +1,7 @@
 //! What an operator sees while the cloud works: a bar on a terminal, a line for each step elsewhere. Always on stderr,
 //! since stdout is for results.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -18,9 +18,11 @@ impl Progress {
     /// Begins a piece of work of so many steps.
     #[must_use]
     pub fn begin(self, title: &'static str, steps: usize) -> Work {
-        let terminal = io::stderr().is_terminal();
-        let bar = (self == Self::Shown && terminal).then(|| bar(title, steps));
-        Work { title, steps, done: 0, bar, lines: self == Self::Shown && !terminal }
+        let shown = self == Self::Shown && steps > 0;
+        // Hidden where stderr is no terminal that can move its cursor: lines are for that.
+        let bar = shown.then(|| bar(title, steps)).filter(|bar| !bar.is_hidden());
+        let lines = shown && bar.is_none();
+        Work { title, steps, done: 0, bar, lines }
     }
 }
 

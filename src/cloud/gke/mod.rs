@@ -5,6 +5,8 @@
 
 pub mod api;
 
+use std::time::Duration;
+
 use crate::cloud::gke::api::{Alias, Instance, Place, VpcSubnet};
 use crate::cloud::limits::{Limits, wait_for};
 use crate::cloud::metadata::{Metadata, MetadataError};
@@ -121,23 +123,35 @@ impl Gke {
         CallError::NoEffect { call: self.gcloud.line(call), missing, after: self.limits.visible }.into()
     }
 
-    async fn claim(&self, subnet: Subnet, made: &mut Vec<String>) -> Result<(), CloudError> {
-        let place = self.place().await?;
+    async fn claim(
+        &self,
+        pool: &mut Pool,
+        save: &mut Checkpoint<'_>,
+        made: &mut Vec<String>,
+    ) -> Result<(), CloudError> {
+        let (place, subnet) = (self.place().await?, pool.config.subnet);
         self.ensure_range(&place, subnet).await?;
         made.push(format!("the secondary range {} on the VPC subnet {}", api::RANGE, place.subnetwork));
         let ours = Alias::of(api::RANGE, subnet);
         if let Some(wanted) = api::with_ours(&self.aliases(&place).await?, &ours) {
             tracing::info!(alias = %ours, instance = %place.instance, "setting the alias on nic0");
+            pool.pending_claim = Some(ours.to_string());
+            save(pool)?;
             made.push(format!("perhaps the alias {ours} on nic0 of {}", place.instance));
             self.set_aliases(&place, &wanted, None).await?;
         }
+        pool.pending_claim = None;
         Ok(())
     }
 
     async fn give_back(&self, pool: &Pool) -> Result<(), CloudError> {
         let place = self.place().await?;
         let ours = our_alias(pool);
-        match api::without_ours(&self.aliases(&place).await?, &ours) {
+        // An init that was interrupted may have set it a moment ago.
+        let limit = if pool.pending_claim.is_some() { self.limits.visible } else { Duration::ZERO };
+        let rest =
+            wait_for(limit, async || Ok::<_, CloudError>(api::without_ours(&self.aliases(&place).await?, &ours)));
+        match rest.await? {
             Some(rest) => self.set_aliases(&place, &rest, Some(&ours)).await,
             None => {
                 tracing::info!(alias = %ours, instance = %place.instance, "the alias is not on nic0: nothing to remove");
@@ -148,14 +162,13 @@ impl Gke {
 }
 
 impl Provider for Gke {
-    async fn provision(&self, pool: &mut Pool, pool_size: usize, _: &mut Checkpoint<'_>) -> Result<(), CloudError> {
+    async fn provision(&self, pool: &mut Pool, pool_size: usize, save: &mut Checkpoint<'_>) -> Result<(), CloudError> {
         let mut made = Vec::new();
-        let config = &pool.config;
-        self.claim(config.subnet, &mut made).await.map_err(|source| CloudError::Unfinished {
+        self.claim(pool, save, &mut made).await.map_err(|source| CloudError::Unfinished {
             made: if made.is_empty() { "nothing yet".to_owned() } else { made.join(", ") },
             source: Box::new(source),
         })?;
-        pool.ips = config.subnet.pool(config.gateway, pool_size);
+        pool.ips = pool.config.subnet.pool(pool.config.gateway, pool_size);
         pool.alias_range_name = Some(api::RANGE.to_owned());
         Ok(())
     }

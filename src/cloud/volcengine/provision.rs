@@ -35,7 +35,7 @@ impl SoFar {
             let (ids, attached, addressed) = (pool.eni_ids.join(", "), self.attached, self.addressed);
             text += &format!(" ({ids}; {attached} attached, {addressed} with all their addresses)");
         }
-        if let Some(name) = &pool.pending_eni {
+        if let Some(name) = &pool.pending_claim {
             text += &format!(", perhaps one more ENI, named {name}");
         }
         text
@@ -119,7 +119,7 @@ impl Claim<'_> {
     async fn enis_so_far(&self, pool: &Pool) -> Result<Vec<Eni>, CloudError> {
         let subnet_id = &self.subnet.subnet_id;
         let mut enis = self.recorded(pool).await?;
-        if let Some(name) = &pool.pending_eni {
+        if let Some(name) = &pool.pending_claim {
             enis.extend(self.session.interrupted(name, subnet_id, &pool.eni_ids, self.limits.visible).await?);
         }
         for eni in self.session.attached_in(subnet_id).await? {
@@ -160,8 +160,8 @@ impl Claim<'_> {
     fn record(&self, pool: &mut Pool, enis: &[Eni], save: &mut Checkpoint<'_>) -> Result<(), CloudError> {
         let ids: Vec<String> = enis.iter().map(|eni| eni.id.clone()).collect();
         let subnet_id = Some(self.subnet.subnet_id.clone());
-        if (&pool.eni_ids, &pool.subnet_id, &pool.pending_eni) != (&ids, &subnet_id, &None) {
-            (pool.eni_ids, pool.subnet_id, pool.pending_eni) = (ids, subnet_id, None);
+        if (&pool.eni_ids, &pool.subnet_id, &pool.pending_claim) != (&ids, &subnet_id, &None) {
+            (pool.eni_ids, pool.subnet_id, pool.pending_claim) = (ids, subnet_id, None);
             save(pool)?;
         }
         Ok(())
@@ -216,18 +216,18 @@ impl Claim<'_> {
         call: &[String],
         save: &mut Checkpoint<'_>,
     ) -> Result<String, CloudError> {
-        pool.pending_eni = Some(name.to_owned());
+        pool.pending_claim = Some(name.to_owned());
         save(pool)?;
         match self.session.call::<CreatedInterface>(call).await {
             Ok(created) => {
                 pool.eni_ids.push(created.network_interface_id.clone());
-                pool.pending_eni = None;
+                pool.pending_claim = None;
                 save(pool)?;
                 Ok(created.network_interface_id)
             }
             Err(error) => {
                 if error.changed_nothing() {
-                    pool.pending_eni = None;
+                    pool.pending_claim = None;
                     save(pool)?;
                 }
                 Err(error.into())
@@ -360,7 +360,7 @@ mod tests {
         let so_far = SoFar { subnet_id: Some("subnet-1".into()), attached: 1, addressed: 0 };
         assert_eq!(so_far.describe(&pool), "the VPC subnet subnet-1, 0 of 7 ENIs");
         pool.eni_ids = vec!["eni-1".into(), "eni-2".into()];
-        pool.pending_eni = Some("n-eni-3".into());
+        pool.pending_claim = Some("n-eni-3".into());
         assert_eq!(
             so_far.describe(&pool),
             "the VPC subnet subnet-1, 2 of 7 ENIs (eni-1, eni-2; 1 attached, 0 with all their addresses), \

@@ -219,6 +219,7 @@ impl<'a> Session<'a> {
         known: &[String],
         limit: Duration,
     ) -> Result<Option<Eni>, CallError> {
+        tracing::info!(name, "looking for an ENI that an interrupted run may have made");
         wait_for(limit, async || {
             let all: Vec<Eni> = self.list(&calls::interfaces_in_subnet(subnet_id)).await?;
             Ok(all.into_iter().find(|eni| {

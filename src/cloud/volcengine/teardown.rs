@@ -26,8 +26,8 @@ impl Volcengine {
             find(&session, pool, self.limits.visible).await.map(|ours| (session, ours))
         };
         let (session, ours) = found.await.map_err(|source| not_given_back(pool, source))?;
-        if pool.eni_ids != ours.ids || pool.pending_eni.is_some() {
-            (pool.eni_ids, pool.pending_eni) = (ours.ids.clone(), None);
+        if pool.eni_ids != ours.ids || pool.pending_claim.is_some() {
+            (pool.eni_ids, pool.pending_claim) = (ours.ids.clone(), None);
             save(pool)?;
         }
 
@@ -58,28 +58,46 @@ impl Volcengine {
         failed.map_or(Ok(()), |source| Err(not_given_back(pool, source)))
     }
 
-    /// Detaches an ENI if it is attached, then deletes it. Also one that is not seen is deleted: it may have been made
-    /// a moment ago.
+    /// Detaches an ENI if it is attached, then deletes it.
     async fn delete(&self, session: &Session<'_>, id: &str, eni: Option<&Eni>) -> Result<(), CloudError> {
-        let mut state = eni.map(Eni::state);
-        if state == Some(EniState::Changing) {
-            state = self.at_rest(session, id).await?;
-        }
+        let delete = calls::delete(id);
+        let state = match eni.map(Eni::state) {
+            Some(EniState::Changing) => self.at_rest(session, id).await?,
+            // Not seen may mean made a moment ago: the cloud itself has to say that there is nothing to delete.
+            None => match session.tell(&delete).await {
+                Err(error) if !error.is_not_found() => Some(self.appeared(session, id, error).await?),
+                _ => return Ok(()),
+            },
+            state => state,
+        };
         if state == Some(EniState::InUse) {
-            let detach = calls::detach(id, &session.instance);
-            if let Err(error) = session.tell(&detach).await {
-                // An interrupted run may have detached it, and be seen only now.
-                match self.at_rest(session, id).await? {
-                    Some(EniState::Available) | None => tracing::info!(%error, "it is detached all the same"),
-                    _ => return Err(error.into()),
-                }
-            }
-            session.settled(id, EniState::Available, &detach, self.limits.attach).await?;
+            self.detach(session, id).await?;
         }
-        match session.tell(&calls::delete(id)).await {
+        match session.tell(&delete).await {
             Err(error) if error.is_not_found() => Ok(()),
             answer => Ok(answer?),
         }
+    }
+
+    async fn detach(&self, session: &Session<'_>, id: &str) -> Result<(), CloudError> {
+        let detach = calls::detach(id, &session.instance);
+        if let Err(error) = session.tell(&detach).await {
+            // An interrupted run may have detached it, and be seen only now.
+            match self.at_rest(session, id).await? {
+                Some(EniState::Available) | None => tracing::info!(%error, "it is detached all the same"),
+                _ => return Err(error.into()),
+            }
+        }
+        session.settled(id, EniState::Available, &detach, self.limits.attach).await.map(drop)
+    }
+
+    /// Waits for an ENI that was not seen, and that the cloud did not delete for this reason.
+    async fn appeared(&self, session: &Session<'_>, id: &str, refused: CallError) -> Result<EniState, CloudError> {
+        let seen = wait_for(self.limits.visible, async || {
+            let state = session.by_id(id).await?.map(|eni| eni.state());
+            Ok::<_, CallError>(state.filter(|state| *state != EniState::Changing))
+        });
+        seen.await?.ok_or_else(|| refused.into())
     }
 
     /// Waits for an ENI that is being attached, detached or deleted; `None` when it is gone.
@@ -125,7 +143,7 @@ async fn find(session: &Session<'_>, pool: &Pool, limit: Duration) -> Result<Our
     }
     let mut ids = pool.eni_ids.clone();
     ids.retain(|id| !theirs.iter().any(|eni| eni.id == *id));
-    if let (Some(name), Some(subnet_id)) = (&pool.pending_eni, &pool.subnet_id)
+    if let (Some(name), Some(subnet_id)) = (&pool.pending_claim, &pool.subnet_id)
         && let Some(eni) = session.interrupted(name, subnet_id, &pool.eni_ids, limit).await?
     {
         ids.push(eni.id.clone());
