@@ -26,6 +26,9 @@ pub struct Pool {
     pub ips: Vec<Ipv4Addr>,
     /// Secondary ENIs that were made or taken for this node (Volcengine).
     pub eni_ids: Vec<String>,
+    /// What was being claimed in the cloud when this was written, and may be seen there only later: the name of an ENI
+    /// whose id is not known yet (Volcengine), an alias (GKE).
+    pub pending_claim: Option<String>,
     /// The VPC subnet that the ENIs are in (Volcengine).
     pub subnet_id: Option<String>,
     /// The secondary range that the alias is cut from (GKE).
@@ -92,6 +95,7 @@ impl Pool {
             config,
             ips,
             eni_ids: Vec::new(),
+            pending_claim: None,
             subnet_id: None,
             alias_range_name: None,
             updated_at: Timestamp::now(),
@@ -160,6 +164,7 @@ impl Pool {
         put("dropMetadataAccess", config.drops.metadata.into());
         put("dropHostAccess", config.drops.host.into());
         put("mtu", config.mtu.map(Mtu::bytes).into());
+        put("pendingClaim", self.pending_claim.clone().into());
         if !config::is_default_cni_conf_dir(&config.cni_conf_dir) {
             put("cniConfDir", config.cni_conf_dir.to_string_lossy().into());
         }
@@ -189,6 +194,7 @@ impl Pool {
         ips.sort_unstable();
         ips.dedup();
         let eni_ids = keys.strings("eniIDs")?;
+        let pending_claim = keys.string("pendingClaim")?;
         let subnet_id = keys.string("subnetID")?;
         let alias_range_name = keys.string("aliasRangeName")?;
         let mut dns = keys.list("dnsServers", config::parse_address)?;
@@ -220,7 +226,7 @@ impl Pool {
             cni_conf_dir,
         };
         let config = config.checked().map_err(keys.refuse("primaryNIC"))?;
-        Ok(Self { config, ips, eni_ids, subnet_id, alias_range_name, updated_at, unknown: keys.map })
+        Ok(Self { config, ips, eni_ids, pending_claim, subnet_id, alias_range_name, updated_at, unknown: keys.map })
     }
 }
 
@@ -332,6 +338,7 @@ mod tests {
         pool.config.drops =
             Drops { internal: true, cidrs: ["10.1.2.3/8".parse().unwrap()].into(), metadata: true, host: true };
         pool.config.mtu = Some("1460".parse().unwrap());
+        pool.pending_claim = Some("n-eni-3".to_owned());
         pool.config.cni_conf_dir = "/tmp/cni".into();
         let again = parse(&pool.to_json()).unwrap();
         assert_eq!(again, pool);
