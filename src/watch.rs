@@ -1,1 +1,0 @@
-//! Kernel events and ticks in, reconcile requests out.
