@@ -1,2 +1,55 @@
-//! cocoon-net: see the library.
-fn main() {}
+//! cocoon-net: logging, the runtime, the whole error chain and the exit status. Everything else is in the library.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use cocoon_net::cli::{Cli, USAGE_STATUS};
+use cocoon_net::commands::{self, UsageError};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match start(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            // Nowhere is left to report to when stderr is closed.
+            let _ = writeln!(io::stderr(), "error: {error:#}");
+            if error.is::<UsageError>() { ExitCode::from(USAGE_STATUS) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+fn start(cli: Cli) -> Result<ExitCode> {
+    set_up_logging();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(async {
+        // The daemon takes signals itself, and stops in order.
+        if matches!(cli.command, cocoon_net::cli::Command::Daemon(_)) {
+            return commands::run(cli).await;
+        }
+        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        tokio::select! {
+            result = commands::run(cli) => result,
+            _ = interrupt.recv() => anyhow::bail!("interrupted; run the same command again to carry on"),
+            _ = terminate.recv() => anyhow::bail!("told to stop; run the same command again to carry on"),
+        }
+    })
+}
+
+fn set_up_logging() {
+    let level = std::env::var("COCOON_NET_LOG_LEVEL").ok().and_then(|level| level.parse::<LevelFilter>().ok());
+    let log = tracing_subscriber::fmt()
+        .with_max_level(level.unwrap_or(LevelFilter::INFO))
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr);
+    if std::env::var("COCOON_NET_LOG_FORMAT").is_ok_and(|format| format == "json") {
+        log.json().init();
+    } else {
+        log.init();
+    }
+}

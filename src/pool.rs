@@ -103,6 +103,24 @@ impl Pool {
         }
     }
 
+    /// A pool for `config` that carries on from an earlier state: its addresses, what it holds in the cloud, and the
+    /// keys of other versions.
+    #[must_use]
+    pub fn following(config: NodeConfig, earlier: Option<&Self>) -> Self {
+        match earlier {
+            Some(earlier) => Self { config, ..earlier.clone() },
+            None => Self::new(config, Vec::new()),
+        }
+    }
+
+    /// The earlier state with what this one has claimed in the cloud so far: addresses and drops stay the earlier ones
+    /// until the new ones are in hand.
+    #[must_use]
+    pub fn claims_over(&self, earlier: &Self) -> Self {
+        let config = NodeConfig { platform: self.config.platform, ..earlier.config.clone() };
+        Self { config, ips: earlier.ips.clone(), ..self.clone() }
+    }
+
     /// Reads `pool.json` from a state folder; `None` when there is none.
     ///
     /// # Errors

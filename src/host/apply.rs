@@ -86,7 +86,10 @@ impl Host {
             self.links.set_mtu(index, mtu).await?;
         }
         self.links.add_address(index, bridge.address).await?;
-        Ok(self.links.set_up(index, BRIDGE).await?)
+        if bridge.up {
+            self.links.set_up(index, BRIDGE).await?;
+        }
+        Ok(())
     }
 
     /// A port that has gone since it was looked at needs no isolation.

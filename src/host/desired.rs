@@ -44,6 +44,8 @@ pub struct Bridge {
     pub address: Ipv4Net,
     /// MTU in bytes; `None` leaves the kernel's.
     pub mtu: Option<u32>,
+    /// Whether it is up.
+    pub up: bool,
 }
 
 /// The rules as wanted, both families and the set.
@@ -98,6 +100,7 @@ impl Desired {
             bridge: Part::Present(Bridge {
                 address: Ipv4Net::new(config.gateway, prefix).unwrap_or(Ipv4Net::from(config.gateway)),
                 mtu: config.mtu.map(|mtu| u32::from(mtu.bytes())).or_else(|| observed.mtu_of(&config.primary_nic)),
+                up: true,
             }),
             retired_addresses: Vec::new(),
             ports_isolated: isolation.ports.then_some(true),
@@ -116,6 +119,15 @@ impl Desired {
         let Part::Present(bridge) = &self.bridge else { return self };
         let retired = earlier.and_then(|old| Ipv4Net::new(old.gateway, old.subnet.prefix_len()).ok());
         self.retired_addresses = retired.filter(|old| *old != bridge.address).into_iter().collect();
+        self
+    }
+
+    /// The same with the bridge down, so that no VM sends or receives anything.
+    #[must_use]
+    pub fn with_bridge_down(mut self) -> Self {
+        if let Part::Present(bridge) = &mut self.bridge {
+            bridge.up = false;
+        }
         self
     }
 

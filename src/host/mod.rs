@@ -6,6 +6,7 @@
 mod apply;
 pub mod cni;
 pub mod desired;
+pub mod drops;
 pub mod firewall;
 pub mod guest_agent;
 pub mod ipset;
@@ -69,6 +70,38 @@ pub struct Host {
     set_refused: Mutex<Option<String>>,
 }
 
+/// What the host is to be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// The configuration.
+    pub config: &'a NodeConfig,
+    /// Whether rules are ours to write.
+    pub rules: Rules,
+    /// The configuration before this one: what of it is on the bridge must go.
+    pub earlier: Option<&'a NodeConfig>,
+    /// Whether the bridge is to be up. A quarantined one stays down until isolation is verified.
+    pub bridge_up: bool,
+}
+
+impl<'a> Target<'a> {
+    /// A host of this configuration, with nothing before it and the bridge up.
+    #[must_use]
+    pub fn new(config: &'a NodeConfig, rules: Rules) -> Self {
+        Self { config, rules, earlier: None, bridge_up: true }
+    }
+
+    /// The same, coming from an earlier configuration.
+    #[must_use]
+    pub fn replacing(self, earlier: Option<&'a NodeConfig>) -> Self {
+        Self { earlier, ..self }
+    }
+
+    fn desired(&self, observed: &Observed) -> Desired {
+        let desired = Desired::for_node(self.config, self.rules, observed).replacing(self.earlier);
+        if self.bridge_up { desired } else { desired.with_bridge_down() }
+    }
+}
+
 /// What converging came to.
 #[derive(Debug, Clone)]
 pub struct Outcome {
@@ -101,32 +134,39 @@ impl Host {
     ///
     /// # Errors
     /// [`HostError`] when the host cannot be read.
-    pub async fn plan(
-        &self,
-        config: &NodeConfig,
-        rules: Rules,
-        earlier: Option<&NodeConfig>,
-    ) -> Result<(Plan, Observed), HostError> {
-        let observed = Observed::read(self, config, rules, Scope::Node).await?;
-        let desired = Desired::for_node(config, rules, &observed).replacing(earlier);
-        Ok((Plan::new(config, &desired, &observed), observed))
+    pub async fn plan(&self, target: Target<'_>) -> Result<(Plan, Observed), HostError> {
+        let observed = Observed::read(self, target.config, target.rules, Scope::Node).await?;
+        Ok((Plan::new(target.config, &target.desired(&observed), &observed), observed))
     }
 
-    /// Makes the host be as the configuration wants, and looks again until there is nothing left to do. When the rules
+    /// Looks at the host, for [`Host::revert`].
+    ///
+    /// # Errors
+    /// [`HostError`] when the host cannot be read.
+    pub async fn observe(&self, config: &NodeConfig, rules: Rules) -> Result<Observed, HostError> {
+        Observed::read(self, config, rules, Scope::Node).await
+    }
+
+    /// Makes sure that bridged frames pass through iptables, where the configuration depends on it. Nothing else of
+    /// the host is changed.
+    ///
+    /// # Errors
+    /// [`HostError::Sysctl`] when that cannot be verified.
+    pub async fn guard(&self, config: &NodeConfig, rules: Rules) -> Result<(), HostError> {
+        let desired = Desired::for_node(config, rules, &Observed::default());
+        Ok(sysctl::guard(&desired.guard).await?)
+    }
+
+    /// Makes the host be as wanted, and looks again until there is nothing left to do. When the rules
     /// moved underneath and a transaction was refused, it plans again.
     ///
     /// # Errors
     /// [`HostError`]; [`HostError::NotConverged`] when the host keeps differing.
-    pub async fn converge(
-        &self,
-        config: &NodeConfig,
-        rules: Rules,
-        earlier: Option<&NodeConfig>,
-    ) -> Result<Outcome, HostError> {
+    pub async fn converge(&self, target: Target<'_>) -> Result<Outcome, HostError> {
         let mut first: Option<(Plan, Observed)> = None;
         let mut refused = None;
         for _ in 0..ATTEMPTS {
-            let (plan, observed) = self.plan(config, rules, earlier).await?;
+            let (plan, observed) = self.plan(target).await?;
             let (found, before) = first.get_or_insert_with(|| (plan.clone(), observed.clone())).clone();
             if plan.is_empty() {
                 return Ok(Outcome { found, before, after: observed });
@@ -143,10 +183,19 @@ impl Host {
         match refused {
             Some(error) => Err(error.into()),
             None => {
-                let (plan, _) = self.plan(config, rules, earlier).await?;
+                let (plan, _) = self.plan(target).await?;
                 Err(HostError::NotConverged(summary(&plan.findings)))
             }
         }
+    }
+
+    /// What [`Host::clear`] would do in the backend that plain `iptables` uses, and to links and files.
+    ///
+    /// # Errors
+    /// [`HostError`] when the host cannot be read.
+    pub async fn plan_to_clear(&self, config: &NodeConfig) -> Result<Plan, HostError> {
+        let observed = Observed::read(self, config, Rules::Manage, Scope::Everything).await?;
+        Ok(Plan::new(config, &Desired::nothing(config), &observed))
     }
 
     /// Removes everything of ours that is left of a node. A part that fails does not stop the others.
@@ -154,8 +203,7 @@ impl Host {
     /// # Errors
     /// All that failed.
     pub async fn clear(&self, config: &NodeConfig) -> Result<(), Vec<HostError>> {
-        let observed = Observed::read(self, config, Rules::Manage, Scope::Everything).await.map_err(|e| vec![e])?;
-        let plan = Plan::new(config, &Desired::nothing(config), &observed);
+        let plan = self.plan_to_clear(config).await.map_err(|error| vec![error])?;
         let mut failures = self.apply_all(&plan).await.err().unwrap_or_default();
         failures.extend(ipset::destroy_leftover().await.err().map(HostError::from));
         for family in [Family::V4, Family::V6] {

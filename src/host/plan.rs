@@ -263,8 +263,10 @@ impl Plan {
         {
             let mut transaction = firewall::diff(chains, standing);
             if !transaction.is_empty() {
-                self.findings.append(&mut transaction.findings.clone());
-                transaction.findings.clear();
+                let tool = family.tool(firewall::Backend::Host, "");
+                for Finding { kind, text } in std::mem::take(&mut transaction.findings) {
+                    self.findings.push(Finding { kind, text: format!("{tool}: {text}") });
+                }
                 self.steps.push(Step::Firewall(family, transaction));
             }
         }
@@ -299,8 +301,10 @@ impl Plan {
             let text = format!("the MTU of {BRIDGE} is {} and not {mtu}", link.mtu);
             self.step(Drift::Bridge, text, Step::SetMtu { from: link.mtu, to: mtu });
         }
-        if !link.up {
-            self.step(Drift::Bridge, format!("{BRIDGE} is down"), Step::SetUp(BRIDGE.to_owned()));
+        match (wanted.up, link.up) {
+            (true, false) => self.step(Drift::Bridge, format!("{BRIDGE} is down"), Step::SetUp(BRIDGE.to_owned())),
+            (false, true) => self.step(Drift::Bridge, format!("{BRIDGE} is up"), Step::SetDown(BRIDGE.to_owned())),
+            _ => {}
         }
     }
 

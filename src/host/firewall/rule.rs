@@ -53,11 +53,9 @@ impl Rule {
     /// The argument of an option that is there once and not negated.
     #[must_use]
     pub fn argument(&self, option: &str) -> Option<&str> {
-        match self.options.iter().filter(|group| group.iter().any(|word| word == option)).collect::<Vec<_>>()[..] {
-            [group] => match &group[..] {
-                [name, argument] if name == option => Some(argument),
-                _ => None,
-            },
+        let mut groups = self.options.iter().filter(|group| name_of(group) == option);
+        match (groups.next().map(Vec::as_slice), groups.next()) {
+            (Some([name, argument]), None) if name == option => Some(argument),
             _ => None,
         }
     }
@@ -65,9 +63,7 @@ impl Rule {
     /// Whether the rule mentions the ipset of this name.
     #[must_use]
     pub fn uses_set(&self, set: &str) -> bool {
-        self.options
-            .iter()
-            .any(|group| group.iter().any(|word| word == "--match-set") && group.iter().any(|w| w == set))
+        self.options.iter().any(|group| name_of(group) == "--match-set" && group.iter().any(|word| word == set))
     }
 
     fn comment(&self) -> Option<&str> {
@@ -87,6 +83,12 @@ impl Hash for Rule {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.options.hash(state);
     }
+}
+
+/// The name of an option group, without its negation.
+fn name_of(group: &[String]) -> &str {
+    let words = if group.first().is_some_and(|word| word == "!") { &group[1..] } else { group };
+    words.first().map_or("", String::as_str)
 }
 
 /// A word and whether it was quoted: a quoted word is never an option.

@@ -1,0 +1,76 @@
+//! `adopt`: take over addresses that are routed here already. No cloud call is made.
+
+use anyhow::Result;
+
+use crate::cli::AdoptArgs;
+use crate::files::{self, LOCK_WAIT, StateLock};
+use crate::host::Host;
+use crate::host::desired::Rules;
+use crate::pool::Pool;
+
+use super::configure;
+use super::privileges;
+use super::request::Request;
+
+/// Addresses in the pool unless told otherwise: a /24 without its gateway.
+const POOL_SIZE: usize = 253;
+
+/// Runs `adopt`.
+pub async fn run(args: AdoptArgs) -> Result<()> {
+    let rules = if args.manage_iptables { Rules::Manage } else { Rules::Leave };
+    let request = Request::new(args.node, POOL_SIZE)?;
+    if request.args().dry_run.dry_run {
+        return dry_run(&request, rules).await;
+    }
+    privileges::require("adopt")?;
+    let state_dir = &request.args().state.state_dir;
+    let config = request.resolve(true).await?;
+    let host = Host::open()?;
+
+    let made_folder = configure::prepare_state_dir(state_dir)?;
+    let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
+    let earlier = Pool::load_optional(state_dir)?;
+    let before = host.observe(&config, rules).await?;
+
+    let mut pool = adopted(&request, &config, earlier.as_ref());
+    let earlier = earlier.as_ref().map(|earlier| &earlier.config);
+    if let Err(error) = configure::host_then_state(&host, &mut pool, earlier, rules, state_dir).await {
+        let error = configure::undone(error, &host, &config, rules, &before).await;
+        if made_folder {
+            files::remove_if_empty(state_dir);
+        }
+        return Err(error);
+    }
+    if rules == Rules::Leave && config.wants_isolation() {
+        super::print_line(
+            "iptables was left alone: the drops are saved, and take effect when the daemon starts \
+             (or now, with --manage-iptables)",
+        )?;
+    }
+    super::print_line(&format!(
+        "cocoon-net adopt complete: {} IPs registered on {} ({}, cloud preserved)",
+        pool.ips.len(),
+        pool.config.subnet,
+        pool.config.platform
+    ))
+}
+
+fn adopted(request: &Request, config: &crate::config::NodeConfig, earlier: Option<&Pool>) -> Pool {
+    let mut pool = Pool::following(config.clone(), earlier);
+    pool.ips = config.subnet.pool(config.gateway, request.pool_size);
+    pool
+}
+
+async fn dry_run(request: &Request, rules: Rules) -> Result<()> {
+    let can_look = privileges::can_administer();
+    let config = request.resolve(can_look).await?;
+    let state_dir = &request.args().state.state_dir;
+    let earlier = Pool::load_optional(state_dir)?;
+    let earlier_config = earlier.as_ref().map(|earlier| &earlier.config);
+    let mut changes = configure::foretell(&config, rules, earlier_config, can_look).await?;
+    if rules == Rules::Leave && config.wants_isolation() {
+        changes.note("iptables is left alone: the drops take effect when the daemon starts");
+    }
+    configure::foretell_state(&mut changes, &adopted(request, &config, earlier.as_ref()), earlier.as_ref(), state_dir);
+    changes.print(request.args().dry_run.json)
+}

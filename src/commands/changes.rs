@@ -1,0 +1,76 @@
+//! What a dry run prints: the plan, in the manner of a diff.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::host::plan::{Line, Plan};
+
+/// Everything that a command would change.
+#[derive(Debug, Default)]
+pub struct Changes {
+    lines: Vec<Line>,
+    cloud: Vec<String>,
+    obstacles: Vec<String>,
+    notes: Vec<String>,
+}
+
+impl Changes {
+    /// The changes of a plan.
+    pub fn of(plan: &Plan) -> Self {
+        Self {
+            lines: plan.steps.iter().flat_map(crate::host::plan::Step::lines).collect(),
+            obstacles: plan.obstacles.clone(),
+            ..Self::default()
+        }
+    }
+
+    /// Cloud calls that would change something.
+    pub fn with_cloud(mut self, calls: Vec<String>) -> Self {
+        self.cloud = calls;
+        self
+    }
+
+    /// Something the reader has to know.
+    pub fn note(&mut self, note: impl Into<String>) {
+        self.notes.push(note.into());
+    }
+
+    /// A file that would be replaced or removed.
+    pub fn file(&mut self, path: &Path, old: Option<&str>, new: Option<&str>) {
+        for (contents, added) in [(old, false), (new, true)] {
+            let Some(contents) = contents else { continue };
+            self.lines.push(Line { added, text: format!("file {}", path.display()) });
+            self.lines.extend(contents.lines().map(|line| Line { added, text: format!("    {line}") }));
+        }
+    }
+
+    /// Prints them on stdout.
+    pub fn print(&self, as_json: bool) -> Result<()> {
+        let text = if as_json { format!("{:#}\n", self.to_json()) } else { self.to_text() };
+        io::stdout().write_all(text.as_bytes()).context("cannot write to stdout")
+    }
+
+    fn to_text(&self) -> String {
+        let mut out: Vec<String> = self.notes.iter().map(|note| format!("# {note}")).collect();
+        out.extend(self.obstacles.iter().map(|obstacle| format!("! {obstacle}")));
+        out.extend(self.cloud.iter().map(|call| format!("+ cloud: {call}")));
+        out.extend(self.lines.iter().map(ToString::to_string));
+        if self.lines.is_empty() && self.cloud.is_empty() && self.obstacles.is_empty() {
+            out.push("nothing to change".to_owned());
+        }
+        out.join("\n") + "\n"
+    }
+
+    fn to_json(&self) -> Value {
+        let line = |line: &Line| json!({"action": if line.added { "add" } else { "remove" }, "what": line.text});
+        json!({
+            "notes": self.notes,
+            "obstacles": self.obstacles,
+            "cloud": self.cloud,
+            "host": self.lines.iter().map(line).collect::<Vec<_>>(),
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! What `init` and `adopt` share: the host is made right and the state saved, or both are as they were.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::command;
+use crate::config::{NodeConfig, Platform};
+use crate::files::{self, HOST_LOCK, LOCK_WAIT, LockFile};
+use crate::host::{Host, Target};
+use crate::host::desired::{Desired, Rules};
+use crate::host::observe::Observed;
+use crate::host::plan::Plan;
+use crate::pool::{self, Pool};
+
+use super::changes::Changes;
+
+/// Makes sure that the state can be written before anything else is. Returns whether the folder had to be made.
+pub fn prepare_state_dir(state_dir: &Path) -> Result<bool> {
+    let made = files::make_folder(state_dir, files::STATE_FOLDER_MODE)?;
+    files::check_writable(state_dir).context("the state could not be saved, so nothing was changed")?;
+    Ok(made)
+}
+
+/// Makes the host right, then saves the state. The host lock keeps a running daemon from comparing a half-changed host
+/// with the old state.
+pub async fn host_then_state(
+    host: &Host,
+    pool: &mut Pool,
+    earlier: Option<&NodeConfig>,
+    rules: Rules,
+    state_dir: &Path,
+) -> Result<()> {
+    let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await?;
+    let outcome = host.converge(Target::new(&pool.config, rules).replacing(earlier)).await.context("cannot configure this host")?;
+    pool.save(state_dir)?;
+    warn_about(&pool.config, &outcome.after);
+    Ok(())
+}
+
+/// Takes back what was done to the host, after `error`, and returns that error.
+pub async fn undone(
+    error: anyhow::Error,
+    host: &Host,
+    config: &NodeConfig,
+    rules: Rules,
+    before: &Observed,
+) -> anyhow::Error {
+    // A daemon that holds it for long is no reason to leave things as they are.
+    let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await;
+    match host.revert(config, rules, before).await {
+        Ok(()) => error,
+        Err(failures) => {
+            for failure in failures {
+                tracing::error!(error = %format!("{:#}", anyhow::Error::from(failure)), "could not undo a change");
+            }
+            error.context("the command failed, and not all of its changes could be undone (see the log above)")
+        }
+    }
+}
+
+/// What the command would change on the host, compared with the host as far as it can be looked at.
+pub async fn foretell(config: &NodeConfig, rules: Rules, earlier: Option<&NodeConfig>, can_look: bool) -> Result<Changes> {
+    if can_look {
+        let (plan, _) = Host::open_to_look()?.plan(Target::new(config, rules).replacing(earlier)).await?;
+        return Ok(Changes::of(&plan));
+    }
+    let nothing = Observed::default();
+    let mut changes = Changes::of(&Plan::new(config, &Desired::for_node(config, rules, &nothing), &nothing));
+    changes.note("not root: this is all that is wanted, not compared with the host");
+    Ok(changes)
+}
+
+/// Adds the state file to what would change.
+pub fn foretell_state(changes: &mut Changes, pool: &Pool, earlier: Option<&Pool>, state_dir: &Path) {
+    let same = earlier.is_some_and(|old| Pool { updated_at: old.updated_at, ..pool.clone() } == *old);
+    if !same {
+        let old = earlier.map(Pool::to_json);
+        changes.file(&pool::path_in(state_dir), old.as_deref(), Some(&pool.to_json()));
+    }
+}
+
+/// Says what an operator would want to know although nothing failed.
+fn warn_about(config: &NodeConfig, observed: &Observed) {
+    for address in observed.own_addresses_in_drops(config) {
+        if !config.drops.host {
+            tracing::warn!(
+                %address,
+                "this address of the node lies inside a dropped range; drops are about forwarded traffic, so VMs still \
+                 reach it (see --drop-host-access)"
+            );
+        }
+    }
+    if let Some(warning) = observed.set_warning(config) {
+        tracing::warn!("{warning}");
+    }
+    if observed.conflist_isolation().mac_spoof_check && command::find("nft").is_none() {
+        tracing::warn!("the CNI configuration asks for macspoofchk, which needs `nft`; install nftables on this node");
+    }
+    for nic in config.uplinks().iter().filter(|nic| observed.link(nic.as_str()).is_none()) {
+        tracing::warn!(interface = %nic, "there is no such interface: VM traffic cannot leave through it");
+    }
+    if config.platform != Platform::None && !config.drops.metadata {
+        tracing::warn!(
+            "VMs can reach the cloud's metadata service and read this node's credentials from it (see \
+             --drop-metadata-access)"
+        );
+    }
+}

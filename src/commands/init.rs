@@ -1,0 +1,93 @@
+//! `init`: claim addresses in the cloud, make the host right, save the state.
+
+use anyhow::{Context, Result};
+
+use crate::cli::NodeArgs;
+use crate::cloud::Cloud;
+use crate::cloud::limits::Limits;
+use crate::cloud::progress::Progress;
+use crate::config::Platform;
+use crate::files::{self, LOCK_WAIT, StateLock};
+use crate::host::Host;
+use crate::host::desired::Rules;
+use crate::pool::Pool;
+
+use super::configure;
+use super::privileges;
+use super::request::Request;
+
+/// Addresses in the pool unless told otherwise: what Volcengine's seven ENIs hold.
+const POOL_SIZE: usize = 140;
+
+/// Runs `init`.
+pub async fn run(args: NodeArgs) -> Result<()> {
+    let request = Request::new(args, POOL_SIZE)?;
+    if request.args().dry_run.dry_run {
+        return dry_run(&request).await;
+    }
+    privileges::require("init")?;
+    let state_dir = &request.args().state.state_dir;
+    let config = request.resolve(true).await?;
+    let cloud = Cloud::connect(config.platform, Limits::from_env(), Progress::Shown)?;
+    let host = Host::open()?;
+
+    let made_folder = configure::prepare_state_dir(state_dir)?;
+    let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
+    let earlier = Pool::load_optional(state_dir)?;
+    let before = host.observe(&config, Rules::Manage).await?;
+
+    let mut pool = Pool::following(config.clone(), earlier.as_ref());
+    let result = async {
+        // What would make isolation impossible is found out before the cloud is asked for anything.
+        host.guard(&config, Rules::Manage).await?;
+        claim(&cloud, &mut pool, earlier.as_ref(), &request).await?;
+        let earlier = earlier.as_ref().map(|earlier| &earlier.config);
+        configure::host_then_state(&host, &mut pool, earlier, Rules::Manage, state_dir).await
+    };
+    if let Err(error) = result.await {
+        let error = configure::undone(error, &host, &config, Rules::Manage, &before).await;
+        if made_folder {
+            files::remove_if_empty(state_dir);
+        }
+        return Err(error);
+    }
+    super::print_line(&format!(
+        "cocoon-net init complete: {} IPs provisioned on {} ({})",
+        pool.ips.len(),
+        pool.config.subnet,
+        pool.config.platform
+    ))
+}
+
+/// Claims the addresses. Each step is in `pool.json` before the next, with the configuration of an earlier run until
+/// everything is in hand, so that a daemon has what it had and `teardown` finds what there is.
+async fn claim(cloud: &Cloud, pool: &mut Pool, earlier: Option<&Pool>, request: &Request) -> Result<()> {
+    let state_dir = &request.args().state.state_dir;
+    let mut save = |now: &mut Pool| match earlier {
+        Some(earlier) => now.claims_over(earlier).save(state_dir),
+        None => now.save(state_dir),
+    };
+    if pool.config.platform != Platform::None {
+        save(pool).context("cannot save the state before the first cloud call, so none was made")?;
+    }
+    Ok(cloud.provision(pool, request.pool_size, &mut save).await?)
+}
+
+async fn dry_run(request: &Request) -> Result<()> {
+    let can_look = privileges::can_administer();
+    let config = request.resolve(can_look).await?;
+    let state_dir = &request.args().state.state_dir;
+    let earlier = Pool::load_optional(state_dir)?;
+    let mut pool = Pool::following(config.clone(), earlier.as_ref());
+    let calls = Cloud::connect(config.platform, Limits::from_env(), Progress::Hidden)?.provision_changes(&pool).await?;
+
+    let earlier_config = earlier.as_ref().map(|earlier| &earlier.config);
+    let mut changes = configure::foretell(&config, Rules::Manage, earlier_config, can_look).await?.with_cloud(calls);
+    if config.platform != Platform::Volcengine {
+        pool.ips = config.subnet.pool(config.gateway, request.pool_size);
+    } else if pool.ips.is_empty() {
+        changes.note("the addresses are chosen by the cloud");
+    }
+    configure::foretell_state(&mut changes, &pool, earlier.as_ref(), state_dir);
+    changes.print(request.args().dry_run.json)
+}

@@ -1,0 +1,132 @@
+//! `teardown`: stop the daemon, give the addresses back, remove everything of ours, and last the state.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::cli::TeardownArgs;
+use crate::cloud::Cloud;
+use crate::cloud::limits::Limits;
+use crate::cloud::progress::Progress;
+use crate::files::{self, HOST_LOCK, LOCK_WAIT, LockFile, PID_FILE, StateLock};
+use crate::host::Host;
+use crate::pool::{self, Pool};
+
+use super::changes::Changes;
+use super::privileges;
+
+/// How long the daemon may take to stop: it saves its leases.
+const DAEMON_WAIT: Duration = Duration::from_secs(20);
+
+/// Runs `teardown`.
+pub async fn run(args: TeardownArgs) -> Result<()> {
+    let state_dir = &args.state.state_dir;
+    if args.dry_run.dry_run {
+        return dry_run(state_dir, args.dry_run.json).await;
+    }
+    privileges::require("teardown")?;
+    // Before the lock: without a state there may be no folder to lock.
+    Pool::load(state_dir).context("nothing to tear down")?;
+    let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
+    let mut pool = Pool::load(state_dir).context("nothing to tear down")?;
+    let platform = pool.config.platform;
+    stop_daemon().await?;
+
+    let mut failures: Vec<anyhow::Error> = Vec::new();
+    if let Err(error) = give_back(&mut pool, state_dir).await {
+        failures.push(error);
+    }
+    if let Err(errors) = clear_host(&pool).await {
+        failures.extend(errors);
+    }
+    if failures.is_empty() {
+        failures.extend(remove_state(state_dir).err());
+    }
+    for failure in &failures {
+        tracing::error!(error = %format!("{failure:#}"), "a part could not be torn down");
+    }
+    if let Some(first) = failures.into_iter().next() {
+        return Err(first.context(format!(
+            "teardown is not complete; {} is kept, so run `cocoon-net teardown` again once the cause is gone",
+            pool::path_in(state_dir).display()
+        )));
+    }
+    super::print_line(&format!("cocoon-net teardown complete ({platform})"))
+}
+
+/// Tells a running daemon to stop, and waits until it has.
+async fn stop_daemon() -> Result<()> {
+    let deadline = Instant::now() + DAEMON_WAIT;
+    let mut told = None;
+    while let Some(holder) = files::holder(Path::new(PID_FILE))? {
+        if holder.pid != told
+            && let Some(pid) = holder.pid
+        {
+            tracing::info!(pid, "telling the daemon to stop");
+            kill(Pid::from_raw(pid), Signal::SIGTERM).with_context(|| format!("cannot stop the daemon, {holder}"))?;
+            told = Some(pid);
+        }
+        if Instant::now() >= deadline {
+            bail!(
+                "the daemon, {holder}, did not stop within {} s, so nothing was torn down; end it, then try again",
+                DAEMON_WAIT.as_secs()
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+async fn give_back(pool: &mut Pool, state_dir: &Path) -> Result<()> {
+    let cloud = Cloud::connect(pool.config.platform, Limits::from_env(), Progress::Shown)?;
+    Ok(cloud.teardown(pool, &mut |pool| pool.save(state_dir)).await?)
+}
+
+async fn clear_host(pool: &Pool) -> Result<(), Vec<anyhow::Error>> {
+    let one = |error: anyhow::Error| vec![error];
+    let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await.map_err(|error| one(error.into()))?;
+    let host = Host::open().map_err(|error| one(error.into()))?;
+    host.clear(&pool.config).await.map_err(|errors| errors.into_iter().map(anyhow::Error::from).collect())
+}
+
+/// Leases first: without `pool.json` nobody would look for them.
+fn remove_state(state_dir: &Path) -> Result<()> {
+    let folder = std::fs::read_dir(state_dir).with_context(|| format!("cannot read {}", state_dir.display()))?;
+    for entry in folder.flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(is_of_leases) {
+            files::remove(&entry.path())?;
+        }
+    }
+    files::remove(&pool::path_in(state_dir))?;
+    Ok(())
+}
+
+/// The lease file, its journal, and those that were moved aside.
+fn is_of_leases(name: &str) -> bool {
+    matches!(name, "leases.json" | "leases.journal") || name.starts_with("leases.json.corrupt-")
+}
+
+async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
+    let pool = Pool::load(state_dir).context("nothing to tear down")?;
+    let cloud = Cloud::connect(pool.config.platform, Limits::from_env(), Progress::Hidden)?;
+    let calls = cloud.teardown_changes(&pool).await?;
+    let mut changes = if privileges::can_administer() {
+        Changes::of(&Host::open_to_look()?.plan_to_clear(&pool.config).await?)
+    } else {
+        let mut changes = Changes::default();
+        changes.note("not root: what is on the host could not be looked at");
+        changes
+    }
+    .with_cloud(calls);
+    for name in std::fs::read_dir(state_dir).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+        if let Some(name) = name.to_str().filter(|name| is_of_leases(name)) {
+            changes.file(&state_dir.join(name), Some(""), None);
+        }
+    }
+    changes.file(&pool::path_in(state_dir), Some(&pool.to_json()), None);
+    changes.print(as_json)
+}
