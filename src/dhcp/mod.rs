@@ -8,8 +8,12 @@
 //! | [`frame`] | Ethernet, IPv4 and UDP around both |
 
 pub mod addresses;
+pub mod engine;
 pub mod frame;
+mod journal;
+pub mod leases;
 pub mod reply;
+pub mod store;
 pub mod wire;
 
 use std::fmt;
