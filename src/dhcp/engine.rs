@@ -204,6 +204,12 @@ impl Engine {
         self.pool.doubt(ip);
     }
 
+    /// Notes that there may be a lease of any address that is free.
+    pub fn doubt_all(&mut self) {
+        let all: Vec<Ipv4Addr> = self.pool.iter().map(|(ip, _)| ip).collect();
+        all.into_iter().for_each(|ip| self.pool.doubt(ip));
+    }
+
     /// Notes the port of the bridge behind which a client is, for its lease to be counted against.
     pub fn locate(&mut self, mac: Mac, port: Port) {
         if let Some((ip, _)) = self.pool.owned_by(mac) {
@@ -271,9 +277,9 @@ impl Engine {
         }
     }
 
-    /// The lease has reached the disk.
-    pub fn confirm(&mut self, ip: Ipv4Addr, mac: Mac) {
-        self.pool.confirm(ip, mac);
+    /// The lease has reached the disk. Returns whether the client has it still.
+    pub fn confirm(&mut self, ip: Ipv4Addr, mac: Mac) -> bool {
+        self.pool.confirm(ip, mac)
     }
 
     /// The lease did not reach the disk, or its route could not be put in: it is as if it had never been granted.
