@@ -235,14 +235,15 @@ impl Pool {
         self.put(ip, Entry { state, owner: Some(mac), port, doubtful: false, ..entry });
     }
 
-    /// Notes that the lease of an address has reached the disk.
-    pub fn confirm(&mut self, ip: Ipv4Addr, mac: Mac) {
+    /// Notes that the lease of an address has reached the disk. Returns whether the client holds it still.
+    pub fn confirm(&mut self, ip: Ipv4Addr, mac: Mac) -> bool {
         let entry = self.entry(ip);
-        if let State::Bound { until, .. } = entry.state
-            && entry.owner == Some(mac)
-        {
-            self.put(ip, Entry { state: State::Bound { until, durable: true }, ..entry });
+        let State::Bound { until, .. } = entry.state else { return false };
+        if entry.owner != Some(mac) {
+            return false;
         }
+        self.put(ip, Entry { state: State::Bound { until, durable: true }, ..entry });
+        true
     }
 
     /// Ends whatever the address was doing. Its owner is remembered, and it is now the one that has rested least.

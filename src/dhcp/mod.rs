@@ -6,14 +6,56 @@
 //! | [`wire`] | a datagram of an untrusted VM becomes a [`wire::Request`], or is refused |
 //! | [`reply`] | what goes back, and where to (RFC 2131 section 4.1) |
 //! | [`frame`] | Ethernet, IPv4 and UDP around both |
+//! | [`engine`] | what is answered and what must be done first: pure, the clock an argument |
+//! | [`leases`], [`store`] | `leases.json`, its journal, and the thread that syncs many grants at once |
+//! | [`server`] | the loop that runs the engine's effects |
 
 pub mod addresses;
+mod arp;
+pub mod engine;
 pub mod frame;
+mod journal;
+pub mod leases;
+mod netlink;
 pub mod reply;
+mod routes;
+pub mod server;
+mod sockets;
+pub mod store;
 pub mod wire;
 
 use std::fmt;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
+
+pub use server::{Error, Server};
+
+use crate::config::Subnet;
+
+/// What the server is asked to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The bridge.
+    pub interface: String,
+    /// The VMs' subnet.
+    pub subnet: Subnet,
+    /// Address of the bridge: server identifier and router.
+    pub gateway: Ipv4Addr,
+    /// The pool.
+    pub addresses: Vec<Ipv4Addr>,
+    /// Resolvers for the VMs.
+    pub dns: Vec<Ipv4Addr>,
+    /// MTU for the VMs in bytes; none is handed out when there is none.
+    pub mtu: Option<u16>,
+    /// How long a lease lasts, at least a second.
+    pub lease_time: Duration,
+    /// How many addresses one port of the bridge may hold; 0: any number.
+    pub port_lease_limit: u32,
+    /// `leases.json`; the journal is beside it.
+    pub lease_file: PathBuf,
+}
 
 /// The Ethernet address of a client.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
