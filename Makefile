@@ -21,10 +21,10 @@ TEST_THREADS ?= $(shell expr $$(nproc) \* 4)
 NEXTEST := $(shell PATH="$(PATH)" cargo nextest --version >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench-drops lint fmt install tools root rust
+.PHONY: help build test demo bench-drops bench-isolation bench-drift lint fmt install tools root rust
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: rust ## Build target/release/cocoon-net
 	$(CARGO) build --release --locked
@@ -42,6 +42,12 @@ demo: root tools rust ## Show, on a node made of namespaces, what isolation chan
 
 bench-drops: root tools rust ## Time 1000 drops against a bare iptables-restore (root)
 	@$(CARGO) bench --locked --quiet --bench drops
+
+bench-isolation: root tools rust ## Count packets per second through the node, with none to 1000 drop targets (root)
+	@$(CARGO) bench --locked --quiet --bench isolation
+
+bench-drift: root tools rust ## Measure what it costs to keep isolation true while someone undoes it (root)
+	@$(CARGO) bench --locked --quiet --bench drift
 
 lint: rust ## Check format, lints and documentation
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || rustup component add rustfmt clippy

@@ -1,29 +1,24 @@
 //! The watch in a network namespace of its own: what others do to the host is noticed, and soon.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use cocoon_net::watch::{Options, Outcome, Reason, Ruleset, Watch};
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use support::Host;
 
 const SOON: Duration = Duration::from_millis(200);
 
-/// Runs a test in network and mount namespaces of its own, with a bridge `cni0` and an empty /run.
+/// Runs a test on a host of its own that has a bridge `cni0`.
 fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
-    let run = move || {
-        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
-        let none: Option<&str> = None;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-        mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).unwrap();
-        mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    Host::new("node").enter(move || {
         sh("ip link set lo up; ip link add cni0 type bridge; ip link set cni0 up");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(test());
-    };
-    std::thread::spawn(run).join().unwrap();
+    });
 }
 
 fn sh(script: &str) {
@@ -156,12 +151,13 @@ fn legacy_changes_under_another_lock_are_noticed_within_two_seconds() {
 #[test]
 fn the_same_damage_is_noticed_again_after_each_repair() {
     in_namespace(|| async {
-        let mut watch = open(Ruleset::Unwatched);
         let toggle = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        std::fs::write(toggle, "1").unwrap();
+        let mut watch = open(Ruleset::Unwatched);
         settle(&mut watch, Duration::from_millis(500)).await;
         for _ in 0..5 {
             std::fs::write(toggle, "0").unwrap();
-            let until = Instant::now() + Duration::from_millis(400);
+            let until = Instant::now() + Duration::from_millis(500);
             while std::fs::read_to_string(toggle).unwrap().trim() == "0" {
                 tokio::time::timeout_at(until.into(), watch.next()).await.expect("noticed");
                 std::fs::write(toggle, "1").unwrap();
@@ -184,7 +180,7 @@ fn a_set_that_is_edited_flushed_or_replaced_is_noticed() {
             "ipset flush ours",
             "ipset destroy ours",
         ] {
-            noticed(&mut watch, script, Reason::Set, Duration::from_millis(400)).await;
+            noticed(&mut watch, script, Reason::Set, Duration::from_millis(1200)).await;
         }
     });
 }

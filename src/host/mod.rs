@@ -13,6 +13,7 @@ pub mod ipset;
 pub mod links;
 pub mod observe;
 pub mod plan;
+pub mod probe;
 mod revert;
 pub mod sysctl;
 

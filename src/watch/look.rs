@@ -29,18 +29,12 @@ pub(super) struct Glance {
 type FileIdentity = (u64, u64, u64, i64, i64);
 
 impl Glance {
-    /// Looks at the toggles, at `files` and at the ipset, if one is watched.
-    pub(super) fn take(files: &[PathBuf], set: Option<&str>) -> Self {
+    /// Looks at the toggles and at `files`; `set` is the [`set_digest`] of the ipset, if one is watched.
+    pub(super) fn take(files: &[PathBuf], set: Option<u64>) -> Self {
         Self {
             toggles: TOGGLES.map(|path| std::fs::read(path).ok()),
             files: files.iter().map(|path| identity(path)).collect(),
-            set: set.and_then(|name| match ipset::digest(name) {
-                Ok(digest) => digest,
-                Err(error) => {
-                    tracing::debug!(set = name, error = %error, "cannot read the set");
-                    None
-                }
-            }),
+            set,
         }
     }
 
@@ -58,6 +52,14 @@ impl Glance {
         }
         reasons
     }
+}
+
+/// A digest of an ipset, counters left out; `None` where there is none, or it cannot be read.
+pub(super) fn set_digest(name: &str) -> Option<u64> {
+    ipset::digest(name).unwrap_or_else(|error| {
+        tracing::debug!(set = name, error = %error, "cannot read the set");
+        None
+    })
 }
 
 fn identity(path: &Path) -> Option<FileIdentity> {

@@ -9,7 +9,7 @@
 //! | the bridge, its ports, its addresses, the local route of a guest agent | rtnetlink events |
 //! | rules, nftables backend | nftables events |
 //! | rules, legacy backend | the iptables lock file is let go of; the saved tables each second |
-//! | toggles in /proc/sys, `pool.json`, the ipset | a look that starts no process, five times a second |
+//! | toggles in /proc/sys, `pool.json`, the ipset | a look that starts no process, three times a second (the set: once) |
 //! | anything else | the slow full pass |
 //!
 //! [`pacer`] decides when; this module only carries.
@@ -39,7 +39,10 @@ use pacer::{Due, Pacer};
 /// long, less often, so that looking costs at most a [`LEGACY_COST`]th of a core.
 const LEGACY_LOOK: Duration = Duration::from_secs(1);
 const LEGACY_LOOK_AT_MOST: Duration = Duration::from_secs(10);
-const LEGACY_COST: u32 = 400;
+const LEGACY_COST: u32 = 300;
+
+/// How often the ipset is read in quiet times.
+const SET_LOOK: Duration = Duration::from_secs(1);
 
 /// How long before a pass a look may have been taken to tell what the pass found.
 const FRESH: Duration = Duration::from_millis(100);
@@ -126,7 +129,7 @@ pub struct Options {
 /// The watch. Run [`Watch::next`], reconcile, call [`Watch::passed`], and again.
 pub struct Watch {
     options: Options,
-    set: Option<String>,
+    set: Option<WatchedSet>,
     pacer: Pacer,
     links: Events,
     rules: Rules,
@@ -136,6 +139,13 @@ pub struct Watch {
     started: Instant,
     spent_before: Duration,
     glance: Baseline<Glance>,
+}
+
+/// The ipset that is watched, and what it held when it was last read.
+struct WatchedSet {
+    name: String,
+    digest: Option<u64>,
+    read: Option<Instant>,
 }
 
 /// The part of the watch that depends on the backend.
@@ -219,7 +229,7 @@ impl Watch {
 
     /// Watches this ipset from now on, or none.
     pub fn watch_set(&mut self, set: Option<&str>) {
-        self.set = set.map(str::to_owned);
+        self.set = set.map(|name| WatchedSet { name: name.to_owned(), digest: None, read: None });
     }
 
     /// Makes the next [`Watch::next`] return as soon as the budget allows.
@@ -273,7 +283,7 @@ impl Watch {
         self.take(news);
         let news = self.rules.drain(&self.options.bridge);
         self.take(news);
-        self.glance_around(now);
+        self.glance_around(now, true);
         self.pacer.forget_reports();
 
         let mut reasons = std::mem::take(&mut self.reasons);
@@ -286,17 +296,24 @@ impl Watch {
 
     fn look(&mut self, now: Instant) {
         let before = cpu_time();
-        self.glance_around(now);
+        let besieged = self.pacer.besieged(now);
+        self.glance_around(now, besieged);
         if let Rules::Legacy(legacy) = &mut self.rules {
-            let soon = self.pacer.besieged(now) && self.pacer.look_affordable(now);
+            let soon = besieged && self.pacer.look_affordable(now);
             legacy.start_look(now, soon);
         }
         self.pacer.looked(now, cpu_time().saturating_sub(before));
     }
 
-    /// Looks at what needs no process to be looked at. Where nothing is known to be good, a pass has to tell.
-    fn glance_around(&mut self, now: Instant) {
-        let glance = Glance::take(&self.options.files, self.set.as_deref());
+    /// Looks at what needs no process to be looked at. Where nothing is known to be good, a pass has to tell. The set is
+    /// the costliest of it and is read `at_once` or each second.
+    fn glance_around(&mut self, now: Instant, at_once: bool) {
+        let due = |set: &&mut WatchedSet| at_once || set.read.is_none_or(|read| now >= read + SET_LOOK);
+        if let Some(set) = self.set.as_mut().filter(due) {
+            set.digest = look::set_digest(&set.name);
+            set.read = Some(now);
+        }
+        let glance = Glance::take(&self.options.files, self.set.as_ref().and_then(|set| set.digest));
         match &self.glance.good {
             Some(good) => self.report(glance.changes_since(good)),
             None => self.report([Reason::FollowUp]),

@@ -43,7 +43,7 @@ const CONTEST_QUIET: Duration = Duration::from_secs(10);
 const SIEGE: u32 = 3;
 
 /// Interval of the looks in quiet times and in a siege.
-const LOOK: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_millis(300);
 const SIEGE_LOOK: Duration = Duration::from_millis(30);
 
 /// What a pass came to.

@@ -62,7 +62,7 @@ mod vm;
 
 pub use host::{Host, assert_private};
 pub use node::{Backend, Node, NodeBuilder};
-pub use process::{Cmd, IntoArgs, Output, Process};
+pub use process::{Cmd, IntoArgs, Output, Process, eventually};
 pub use snapshot::Snapshot;
 pub use traffic::{Echo, Frame, Sniffer};
 pub use vm::{Vm, VmBuilder};

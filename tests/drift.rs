@@ -1,0 +1,311 @@
+//! Kept true: what other software on a host does to isolation is undone within two seconds.
+
+#![expect(clippy::expect_used, reason = "it fails by panicking")]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use support::{Backend, INSIDE_TEN, INTERNET, Node, Process, Vm};
+
+/// The promise, and what the watch is expected to need where events tell.
+const PROMISE: Duration = Duration::from_secs(2);
+
+const DROPS: &str = "--drop-internal-access --drop-cidr 10.0.0.0/8";
+
+/// A node whose daemon keeps it isolated, with two VMs.
+struct Kept {
+    node: Node,
+    daemon: Process,
+    a: Vm,
+    b: Vm,
+}
+
+impl Kept {
+    fn new(backend: Backend) -> Self {
+        Self::with(backend, DROPS)
+    }
+
+    #[track_caller]
+    fn with(backend: Backend, drops: &str) -> Self {
+        let node = Node::builder().backend(backend).build();
+        node.adopt(drops).succeeded();
+        let (a, b) = (node.vm("a"), node.vm("b"));
+        let daemon = node.daemon("");
+        let kept = Self { node, daemon, a, b };
+        kept.becomes_isolated("the daemon starts");
+        assert!(kept.a.reaches(INTERNET), "the node forwards");
+        // The looks that follow a repair are over.
+        std::thread::sleep(Duration::from_millis(1500));
+        kept
+    }
+
+    /// Why the node is not isolated, if it is not.
+    fn defect(&self) -> Option<String> {
+        let rules = self.node.run("iptables -S FORWARD").stdout;
+        let rules: Vec<&str> = rules.lines().filter(|line| line.starts_with("-A")).collect();
+        let ours = |rule: &&&str| rule.contains("--comment cocoon-net-drop ") && rule.ends_with("-j DROP");
+        let head = rules.iter().take_while(ours).count();
+        let drops = rules.iter().filter(ours).count();
+        if (head, drops) != (2, 2) {
+            return Some(format!("{head} drops at the head, {drops} in all: {rules:#?}"));
+        }
+        let accepts = rules.iter().filter(|rule| rule.contains("--comment cocoon-net ")).count();
+        if accepts != 3 {
+            return Some(format!("{accepts} of 3 accepts: {rules:#?}"));
+        }
+        if !self.node.run("iptables -t nat -S POSTROUTING").stdout.contains("-j MASQUERADE") {
+            return Some("no masquerading".to_owned());
+        }
+        if self.node.sysctl("net/bridge/bridge-nf-call-iptables") != "1" {
+            return Some("the bridge toggle is 0".to_owned());
+        }
+        if !self.node.run("ip -4 -o addr show dev cni0 up").stdout.contains("172.20.100.1/24") {
+            return Some("cni0 is down or without its address".to_owned());
+        }
+        let ports = self.node.run("ip -d -o link show master cni0").stdout;
+        let open = ports.lines().find(|port| !port.contains("isolated on"))?;
+        Some(format!("a port is not isolated: {open}"))
+    }
+
+    /// Waits until the node is isolated, and says how long that took.
+    #[track_caller]
+    fn becomes_isolated(&self, after: &str) -> Duration {
+        let begin = Instant::now();
+        while let Some(defect) = self.defect() {
+            assert!(begin.elapsed() < PROMISE, "{after}: not repaired within {PROMISE:?}: {defect}");
+        }
+        begin.elapsed()
+    }
+
+    /// Sum of `cocoon_net_drift_repairs_total` over its kinds.
+    fn repairs(&self) -> f64 {
+        let samples = self.metrics();
+        let repairs = samples.lines().filter(|line| line.starts_with("cocoon_net_drift_repairs_total{"));
+        repairs.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    fn metrics(&self) -> String {
+        self.node.enter(|| {
+            let mut stream = TcpStream::connect("127.0.0.1:9092").expect("the daemon serves metrics");
+            stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: node\r\n\r\n").expect("a request");
+            let mut answer = String::new();
+            let _ = stream.read_to_string(&mut answer);
+            answer
+        })
+    }
+
+    /// Does something to the node and wants it undone in time, logged, counted, and traffic as it should be.
+    #[track_caller]
+    fn survives(&mut self, what: &str, offence: &str) {
+        let (log, repairs) = (self.daemon.stderr().len(), self.repairs());
+        self.node.ok(["sh", "-ec", offence]);
+        let time = self.becomes_isolated(what);
+        let counted = support::eventually(PROMISE, || self.repairs() > repairs);
+        let said = self.daemon.stderr().split_off(log);
+        println!("{what}: isolated again after {time:?}");
+        assert!(counted, "{what}: not counted; the daemon said:\n{said}");
+        assert!(said.contains("WARN"), "{what}: the daemon did not say what it found:\n{said}");
+        assert!(self.a.is_cut_off_from(INSIDE_TEN), "{what}: a dropped range answers");
+        assert!(self.a.is_cut_off_from(self.b.address()), "{what}: a neighbour answers");
+        assert!(self.a.reaches(INTERNET), "{what}: the internet does not answer");
+        self.comes_to_rest(what);
+    }
+
+    /// The daemon goes quiet once nobody disturbs it.
+    #[track_caller]
+    fn comes_to_rest(&mut self, what: &str) {
+        std::thread::sleep(Duration::from_millis(500));
+        let (log, repairs) = (self.daemon.stderr().len(), self.repairs());
+        std::thread::sleep(Duration::from_millis(1500));
+        let said = self.daemon.stderr().split_off(log);
+        assert!((self.repairs() - repairs).abs() < 0.5, "{what}: still repairing an undisturbed node:\n{said}");
+    }
+}
+
+/// What iptables users do to a host.
+const RULES: [(&str, &str); 9] = [
+    ("an ACCEPT at the head", "iptables -I FORWARD -j ACCEPT"),
+    ("a flush", "iptables -F FORWARD"),
+    ("a deleted drop", "iptables -D FORWARD 1"),
+    (
+        "a drop made to accept",
+        "iptables -R FORWARD 1 -i cni0 -d 10.0.0.0/8 -m comment --comment cocoon-net-drop -j ACCEPT",
+    ),
+    ("a duplicate", "iptables -A FORWARD -d 10.0.0.0/8 -i cni0 -m comment --comment cocoon-net-drop -j DROP"),
+    (
+        "a whole-table restore",
+        "printf '*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\n-A FORWARD -j ACCEPT\nCOMMIT\n' | iptables-restore",
+    ),
+    (
+        "what Docker does when it starts",
+        "iptables -N DOCKER-USER; iptables -A DOCKER-USER -j RETURN; iptables -N DOCKER-FORWARD
+         iptables -A DOCKER-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+         iptables -I FORWARD -j DOCKER-FORWARD; iptables -I FORWARD -j DOCKER-USER; iptables -P FORWARD DROP
+         iptables -P FORWARD ACCEPT",
+    ),
+    (
+        "what kube-proxy does at each sync",
+        "printf '*filter\n:KUBE-FORWARD - [0:0]\n-A KUBE-FORWARD -j ACCEPT\nCOMMIT\n' | iptables-restore --noflush
+         iptables -I FORWARD -m comment --comment 'kubernetes forwarding rules' -j KUBE-FORWARD",
+    ),
+    (
+        "what firewalld does when it reloads",
+        "for t in filter nat mangle; do iptables -t $t -F; iptables -t $t -X; done
+         iptables -P FORWARD DROP; iptables -I FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+         iptables -P FORWARD ACCEPT",
+    ),
+];
+
+fn rule_changes_are_undone(backend: Backend) {
+    let mut kept = Kept::new(backend);
+    for (what, offence) in RULES {
+        kept.survives(what, offence);
+    }
+}
+
+#[test]
+fn what_others_do_to_the_rules_is_undone_on_nft() {
+    rule_changes_are_undone(Backend::Nft);
+}
+
+#[test]
+fn what_others_do_to_the_rules_is_undone_on_legacy() {
+    rule_changes_are_undone(Backend::Legacy);
+}
+
+#[test]
+fn a_flushed_nft_ruleset_is_put_back() {
+    Kept::new(Backend::Nft).survives("nft flush ruleset", "nft flush ruleset");
+}
+
+#[test]
+fn what_others_do_to_toggles_and_links_is_undone() {
+    let mut kept = Kept::new(Backend::Nft);
+    for (what, offence) in [
+        ("what `sysctl --system` does", "sysctl -qw net.bridge.bridge-nf-call-iptables=0"),
+        ("the IPv6 toggle", "sysctl -qw net.bridge.bridge-nf-call-ip6tables=0"),
+        ("forwarding off", "sysctl -qw net.ipv4.ip_forward=0"),
+        ("a port's flag", "ip link set veth-a type bridge_slave isolated off"),
+        ("a port that is moved away and back", "ip link set veth-a nomaster; ip link set veth-a master cni0"),
+        ("a flushed address", "ip addr flush dev cni0"),
+        ("a bridge that is down", "ip link set cni0 down"),
+        (
+            "a bridge that is deleted and made again",
+            "ip link del cni0; ip link add cni0 type bridge; ip link set cni0 up
+             ip link set veth-a master cni0; ip link set veth-b master cni0",
+        ),
+        (
+            "a bridge that is deleted",
+            "ip link del cni0; sleep 0.5; ip link set veth-a master cni0; ip link set veth-b master cni0",
+        ),
+    ] {
+        kept.survives(what, offence);
+    }
+}
+
+#[test]
+fn the_ip6tables_drop_is_put_back() {
+    let mut kept = Kept::new(Backend::Nft);
+    let drops = |kept: &Kept| kept.node.ok("ip6tables -S FORWARD").contains("cocoon-net-drop");
+    assert!(drops(&kept));
+    kept.node.ok("ip6tables -F FORWARD");
+    assert!(support::eventually(PROMISE, || drops(&kept)));
+    kept.comes_to_rest("ip6tables -F");
+}
+
+#[test]
+fn a_port_that_appears_is_isolated() {
+    let mut kept = Kept::new(Backend::Nft);
+    let c = kept.node.vm("c");
+    kept.becomes_isolated("a port appears");
+    assert!(c.is_cut_off_from(kept.a.link_local()));
+    assert!(c.reaches(INTERNET));
+    kept.comes_to_rest("a port appears");
+}
+
+#[test]
+fn a_stray_guest_agent_route_is_removed_again() {
+    let node = Node::new();
+    let gke = "adopt --platform gke --node-name n1 --subnet 172.20.100.0/24 --manage-iptables";
+    node.cocoon(format!("{gke} --drop-cidr 10.0.0.0/8")).succeeded();
+    let _daemon = node.daemon("");
+    let there = || node.ok("ip route show table local").contains("local 172.20.100.0/24");
+    node.ok("ip route add local 172.20.100.0/24 dev ens4 table local");
+    assert!(support::eventually(PROMISE, || !there()));
+}
+
+/// More than 16 targets: one rule over a set.
+#[test]
+fn a_set_that_is_flushed_deleted_or_edited_is_put_back() {
+    for backend in [Backend::Nft, Backend::Legacy] {
+        let many: Vec<String> = (0..20).map(|n| format!("--drop-cidr 198.18.{n}.0/24")).collect();
+        let node = Node::builder().backend(backend).build();
+        node.adopt(format!("--drop-cidr 10.0.0.0/8 {}", many.join(" "))).succeeded();
+        let vm = node.vm("a");
+        let _daemon = node.daemon("");
+        assert!(vm.reaches(INTERNET));
+        let whole = || {
+            let set = node.run("ipset list cocoon-net-drop").stdout;
+            let entries = set.lines().filter(|line| line.contains(" packets ")).count();
+            entries == 21
+                && set.contains("10.0.0.0/8 ")
+                && node.ok("iptables -S FORWARD").contains("--match-set cocoon-net-drop dst")
+        };
+        assert!(support::eventually(PROMISE, whole));
+        for offence in [
+            "ipset flush cocoon-net-drop",
+            "ipset del cocoon-net-drop 10.0.0.0/8",
+            "ipset del cocoon-net-drop 10.0.0.0/8; ipset add cocoon-net-drop 11.0.0.0/8",
+            "ipset add cocoon-net-drop 203.0.113.0/24",
+            "iptables -F FORWARD; ipset destroy cocoon-net-drop",
+        ] {
+            node.ok(["sh", "-ec", offence]);
+            assert!(support::eventually(PROMISE, whole), "{backend:?}: {offence}: not repaired");
+            assert!(vm.is_cut_off_from(INSIDE_TEN) && vm.reaches(INTERNET), "{backend:?}: {offence}");
+        }
+    }
+}
+
+/// Done again and again, each offence is still repaired, and the daemon comes to rest afterwards.
+fn a_loop_is_withstood(backend: Backend, offence: &str) {
+    let mut kept = Kept::new(backend);
+    let looped = format!("end=$(( $(date +%s) + 5 )); while [ $(date +%s) -lt $end ]; do {offence}; sleep 0.3; done");
+    let offender = kept.node.spawn(["sh", "-c", &looped]);
+    let mut held = 0;
+    let mut looks = 0;
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(5) {
+        looks += 1;
+        held += usize::from(kept.defect().is_none());
+    }
+    offender.wait(Duration::from_secs(10));
+    kept.becomes_isolated(offence);
+    println!("{offence}: isolated at {held} of {looks} looks");
+    assert!(held * 2 > looks, "{offence}: isolated at only {held} of {looks} looks");
+    kept.comes_to_rest(offence);
+}
+
+#[test]
+fn a_loop_of_flushes_is_withstood_on_nft() {
+    a_loop_is_withstood(Backend::Nft, "iptables -F FORWARD");
+}
+
+#[test]
+fn a_loop_of_flushes_is_withstood_on_legacy() {
+    a_loop_is_withstood(Backend::Legacy, "iptables -F FORWARD");
+}
+
+#[test]
+fn a_loop_of_toggles_is_withstood() {
+    a_loop_is_withstood(Backend::Nft, "sysctl -qw net.bridge.bridge-nf-call-iptables=0");
+}
+
+#[test]
+fn an_undisturbed_daemon_changes_nothing() {
+    for backend in [Backend::Nft, Backend::Legacy] {
+        Kept::new(backend).comes_to_rest("at rest");
+    }
+}
