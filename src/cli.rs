@@ -8,7 +8,8 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::SignedDuration;
 
 use crate::config::{
-    self, ConfigError, DEFAULT_CNI_CONF_DIR, DEFAULT_STATE_DIR, DropCidr, InterfaceName, Mtu, NodeName, Platform, Subnet,
+    self, ConfigError, DEFAULT_CNI_CONF_DIR, DEFAULT_STATE_DIR, DropCidr, InterfaceName, Mtu, NodeName, Platform,
+    Subnet,
 };
 use crate::metrics::ListenAddr;
 
@@ -245,7 +246,9 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_the_go_program_writes_them() {
-        for (text, seconds) in [("24h", 86_400.0), ("1h30m", 5_400.0), ("1.5h", 5_400.0), ("500ms", 0.5), ("1m0s", 60.0)] {
+        for (text, seconds) in
+            [("24h", 86_400.0), ("1h30m", 5_400.0), ("1.5h", 5_400.0), ("500ms", 0.5), ("1m0s", 60.0)]
+        {
             assert_eq!(duration(text).map(|duration| duration.as_secs_f64()), Ok(seconds), "{text}");
         }
         for bad in ["", "0s", "-1h", "ten", "5"] {

@@ -15,6 +15,7 @@
 //! | [`pool`] | `pool.json`, the state that `init` and `adopt` leave to the daemon |
 //! | [`files`] | durable writes and locks |
 //! | [`host`] | desired, observed, plan, apply; firewall, links, sysctl, CNI; the live probe |
+//! | [`reconcile`] | one pass over the host, and what follows from it: health, grants, counters, quarantine |
 //! | [`watch`] | kernel events and ticks in, "reconcile now" out |
 //! | [`dhcp`] | the lease engine (pure), the lease store (durable), the server (effects) |
 //! | [`cloud`] | the clouds that lend the addresses: GKE, Volcengine, none |
@@ -31,4 +32,5 @@ pub mod files;
 pub mod host;
 pub mod metrics;
 pub mod pool;
+pub mod reconcile;
 pub mod watch;

@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use crate::command;
 use crate::config::{NodeConfig, Platform};
 use crate::files::{self, HOST_LOCK, LOCK_WAIT, LockFile};
-use crate::host::{Host, Target};
 use crate::host::desired::{Desired, Rules};
 use crate::host::observe::Observed;
 use crate::host::plan::Plan;
+use crate::host::{Host, Target};
 use crate::pool::{self, Pool};
 
 use super::changes::Changes;
@@ -32,7 +32,10 @@ pub async fn host_then_state(
     state_dir: &Path,
 ) -> Result<()> {
     let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await?;
-    let outcome = host.converge(Target::new(&pool.config, rules).replacing(earlier)).await.context("cannot configure this host")?;
+    let outcome = host
+        .converge(Target::new(&pool.config, rules).replacing(earlier))
+        .await
+        .context("cannot configure this host")?;
     pool.save(state_dir)?;
     warn_about(&pool.config, &outcome.after);
     Ok(())
@@ -60,7 +63,12 @@ pub async fn undone(
 }
 
 /// What the command would change on the host, compared with the host as far as it can be looked at.
-pub async fn foretell(config: &NodeConfig, rules: Rules, earlier: Option<&NodeConfig>, can_look: bool) -> Result<Changes> {
+pub async fn foretell(
+    config: &NodeConfig,
+    rules: Rules,
+    earlier: Option<&NodeConfig>,
+    can_look: bool,
+) -> Result<Changes> {
     if can_look {
         let (plan, _) = Host::open_to_look()?.plan(Target::new(config, rules).replacing(earlier)).await?;
         return Ok(Changes::of(&plan));

@@ -9,7 +9,9 @@ const CAP_NET_ADMIN: u32 = 12;
 pub fn can_administer() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> CAP_NET_ADMIN & 1 == 1)
+    effective
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> CAP_NET_ADMIN & 1 == 1)
 }
 
 /// Stops a command that could not do its work anyway, before it does half of it.

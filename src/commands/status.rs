@@ -97,6 +97,8 @@ fn to_text(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[Dr
 
 fn to_json(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[DropTarget]>) -> serde_json::Value {
     let config = &pool.config;
+    let lease =
+        |lease: &Lease| json!({"mac": lease.mac.to_string(), "ip": lease.ip, "expiry": lease.expiry.to_string()});
     json!({
         "platform": config.platform.name(),
         "node": config.node_name.as_str(),
@@ -105,7 +107,7 @@ fn to_json(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[Dr
         "ips": pool.ips.len(),
         "updated": pool.updated_at.to_string(),
         "cloud": cloud.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
-        "leases": leases,
+        "leases": leases.iter().map(lease).collect::<Vec<_>>(),
         "drops": drops,
         "dropInternalAccess": config.drops.internal,
         "dropMetadataAccess": config.drops.metadata,

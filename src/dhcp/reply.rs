@@ -165,7 +165,7 @@ fn push_network(message: &mut Vec<u8>, parameters: &Parameters) {
     push(message, code::SUBNET_MASK, &parameters.subnet.net().netmask().octets());
     push(message, code::ROUTER, &parameters.gateway.octets());
     // Sixteen leave room for everything else in the message that every client takes.
-    let dns: Vec<u8> = parameters.dns.iter().take(16).flat_map(|address| address.octets()).collect();
+    let dns: Vec<u8> = parameters.dns.iter().take(16).flat_map(std::net::Ipv4Addr::octets).collect();
     if !dns.is_empty() {
         push(message, code::DNS, &dns);
     }

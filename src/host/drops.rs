@@ -50,7 +50,11 @@ fn touched(plan: &Plan, cidr: Ipv4Net, observed: &Observed) -> bool {
 }
 
 fn in_set(observed: &Observed) -> bool {
-    observed.v4.chain("filter", "FORWARD").iter().any(|saved| saved.rule.is_our_drop() && saved.rule.uses_set(ipset::SET))
+    observed
+        .v4
+        .chain("filter", "FORWARD")
+        .iter()
+        .any(|saved| saved.rule.is_our_drop() && saved.rule.uses_set(ipset::SET))
 }
 
 fn counted(cidr: Ipv4Net, observed: &Observed) -> u64 {

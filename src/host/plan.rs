@@ -333,8 +333,11 @@ impl Plan {
                 continue;
             }
             let reading = now.as_deref().map_or_else(|| "is missing".to_owned(), |value| format!("is {value}"));
-            let text = format!("{} {reading} and not {}", setting.key, setting.value);
-            self.findings.push(Finding { kind: Drift::Sysctl, text });
+            // That of a bridge which is missing is no news beside the missing bridge.
+            if now.is_some() || observed.bridge().is_some() {
+                let text = format!("{} {reading} and not {}", setting.key, setting.value);
+                self.findings.push(Finding { kind: Drift::Sysctl, text });
+            }
             wrong.push((setting.clone(), now));
         }
         if !wrong.is_empty() {

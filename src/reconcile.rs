@@ -1,0 +1,296 @@
+//! One pass of the daemon over its node: `pool.json` read again, the host made right, and what follows from whether
+//! that worked.
+//!
+//! The host itself is made right by [`Host::converge`], as by `init` and `adopt`. Here is what only a daemon has: it
+//! says whether isolation is verified (health, metrics, systemd, the gate of new leases), counts and logs each repair,
+//! and takes the bridge down when told to quarantine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch::Sender;
+
+use crate::config::{BRIDGE, NodeConfig};
+use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
+use crate::host::desired::Rules;
+use crate::host::plan::Plan;
+use crate::host::{Host, HostError, Outcome, Target, drops, summary};
+use crate::metrics::{Health, Metrics};
+use crate::pool::{Pool, PoolError};
+use crate::watch::{self, Wake};
+
+/// How long isolation may be wanted and not verified before a quarantine.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often the same trouble is logged again.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+
+/// Why a pass did not leave the node verified.
+#[derive(Debug, thiserror::Error)]
+pub enum PassError {
+    /// `pool.json` cannot be read: what it asks for is not known, so what it asked for last is kept.
+    #[error("pool.json cannot be followed, so what it asked for last is kept")]
+    Pool(#[from] PoolError),
+    /// Somebody else is configuring the host.
+    #[error("cannot take the host lock")]
+    Lock(#[from] FileError),
+    /// The host is not as it must be.
+    #[error("the host cannot be made as pool.json asks")]
+    Host(#[from] HostError),
+}
+
+/// How a daemon is to go about it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where `pool.json` is.
+    pub state_dir: PathBuf,
+    /// Whether rules are ours to write.
+    pub rules: Rules,
+    /// Whether the bridge is taken down when isolation cannot be verified.
+    pub quarantine: bool,
+}
+
+/// Who is told what the passes come to.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Counters and gauges.
+    pub metrics: Arc<Metrics>,
+    /// `/healthz`.
+    pub health: Sender<Health>,
+    /// Whether new leases may be granted.
+    pub grants: Sender<bool>,
+}
+
+/// The daemon's view of its node.
+#[derive(Debug)]
+pub struct Reconciler {
+    host: Host,
+    options: Options,
+    listeners: Listeners,
+    pool: Pool,
+    earlier: Option<NodeConfig>,
+    mtu: Option<u16>,
+    started: bool,
+    unverified_since: Option<Instant>,
+    quarantined: bool,
+    repairs: Repeated,
+    troubles: Repeated,
+}
+
+impl Reconciler {
+    /// A daemon that has not looked at its node yet: isolation is not verified.
+    #[must_use]
+    pub fn new(host: Host, pool: Pool, options: Options, listeners: Listeners) -> Self {
+        Self {
+            host,
+            options,
+            listeners,
+            pool,
+            earlier: None,
+            mtu: None,
+            started: false,
+            unverified_since: None,
+            quarantined: false,
+            repairs: Repeated::default(),
+            troubles: Repeated::default(),
+        }
+    }
+
+    /// The state as last read.
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// MTU of the bridge in bytes, as last seen.
+    #[must_use]
+    pub fn mtu(&self) -> Option<u16> {
+        self.mtu
+    }
+
+    /// One pass. `wake` says why, and is none for the first pass, whose work is no repair.
+    ///
+    /// # Errors
+    /// [`PassError`], already counted and logged.
+    pub async fn pass(&mut self, wake: Option<&Wake>) -> Result<watch::Outcome, PassError> {
+        let begin = Instant::now();
+        let result = self.try_pass().await;
+        self.listeners.metrics.reconcile_took(begin.elapsed());
+        match result {
+            Ok(outcome) => {
+                let repaired = !outcome.found.is_empty();
+                if repaired {
+                    self.say_what_was_done(&outcome.found, wake);
+                }
+                self.note_drops(&outcome);
+                self.verified().await;
+                Ok(if repaired { watch::Outcome::Repaired } else { watch::Outcome::Clean })
+            }
+            Err(error) => {
+                self.listeners.metrics.reconcile_failed();
+                self.unverified(&error).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn try_pass(&mut self) -> Result<Outcome, PassError> {
+        let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await?;
+        let followed = self.follow_pool();
+        let target = Target {
+            config: &self.pool.config,
+            rules: self.options.rules,
+            earlier: self.earlier.as_ref(),
+            bridge_up: !self.quarantined,
+        };
+        // Even while pool.json is unreadable, what it asked for last is kept true.
+        let mut outcome = self.host.converge(target).await?;
+        followed?;
+        if self.quarantined {
+            tracing::warn!("isolation is verified again: taking {BRIDGE} up");
+            self.quarantined = false;
+            outcome.after = self.host.converge(Target { bridge_up: true, ..target }).await?.after;
+        }
+        self.mtu = outcome.after.bridge().and_then(|bridge| u16::try_from(bridge.mtu).ok());
+        Ok(outcome)
+    }
+
+    /// Reads `pool.json` again.
+    fn follow_pool(&mut self) -> Result<(), PoolError> {
+        let pool = Pool::load(&self.options.state_dir)?;
+        if pool.config != self.pool.config {
+            if self.started {
+                tracing::info!("pool.json changed: following it");
+            }
+            self.earlier = Some(self.pool.config.clone());
+        }
+        self.pool = pool;
+        Ok(())
+    }
+
+    fn say_what_was_done(&mut self, found: &Plan, wake: Option<&Wake>) {
+        let what = summary(&found.findings);
+        let Some(wake) = wake else {
+            tracing::info!(found = %what, "configured the host");
+            return;
+        };
+        for kind in found.kinds() {
+            self.listeners.metrics.drift_repaired(kind.name());
+        }
+        let by = wake.by.as_ref().map(|(name, pid)| format!("{name} (PID {pid})")).unwrap_or_default();
+        if !wake.besieged {
+            tracing::warn!(found = %what, by, "the host had drifted and was repaired");
+        } else if let Some(times) = self.repairs.say("besieged") {
+            tracing::warn!(found = %what, by, times, "something keeps undoing the host configuration; it is repaired each time");
+        }
+    }
+
+    fn note_drops(&self, outcome: &Outcome) {
+        if self.options.rules == Rules::Manage {
+            for drop in drops::read(&self.pool.config, &outcome.after, &Plan::default()) {
+                self.listeners.metrics.drop_packets_read(&drop.cidr.to_string(), drop.packets);
+            }
+        }
+    }
+
+    async fn verified(&mut self) {
+        let wanted = self.pool.config.wants_isolation();
+        if wanted && self.options.rules == Rules::Leave {
+            if !self.started {
+                tracing::error!(
+                    "pool.json asks for drops, but --skip-iptables writes no rules: isolation is NOT enforced, and no \
+                     new lease is granted"
+                );
+            }
+            self.started = true;
+            return self.publish(false, "drops are asked for, but the daemon runs with --skip-iptables");
+        }
+        if self.unverified_since.take().is_some() && self.started {
+            tracing::info!("the host is as pool.json asks again");
+        }
+        self.troubles = Repeated::default();
+        self.started = true;
+        self.publish(true, "");
+    }
+
+    async fn unverified(&mut self, error: &PassError) {
+        let why = chain(error);
+        if let Some(times) = self.troubles.say(&why) {
+            tracing::error!(error = %why, times, "the host could not be verified");
+        }
+        let wanted = self.pool.config.wants_isolation();
+        self.publish(!wanted, &why);
+        let since = *self.unverified_since.get_or_insert_with(Instant::now);
+        if wanted && self.options.quarantine && !self.quarantined && since.elapsed() >= PATIENCE {
+            self.quarantine().await;
+        }
+    }
+
+    /// Takes the bridge down, so that no VM sends or receives anything until isolation is verified.
+    pub async fn quarantine(&mut self) {
+        match self.host.links.index_of(BRIDGE).await {
+            Ok(Some(bridge)) => match self.host.links.set_down(bridge, BRIDGE).await {
+                Ok(()) => {
+                    self.quarantined = true;
+                    tracing::error!("quarantine: {BRIDGE} is down until isolation is verified");
+                }
+                Err(error) => tracing::error!(error = %chain(&error), "quarantine failed: {BRIDGE} is still up"),
+            },
+            Ok(None) => {}
+            Err(error) => tracing::error!(error = %chain(&error), "quarantine failed: {BRIDGE} cannot be found"),
+        }
+    }
+
+    fn publish(&self, holds: bool, why_not: &str) {
+        let health = if holds { Health::Healthy } else { Health::Unhealthy(why_not.to_owned()) };
+        self.listeners.metrics.set_isolation_enforced(holds);
+        self.listeners.grants.send_if_modified(|granted| std::mem::replace(granted, holds) != holds);
+        let changed = self.listeners.health.send_if_modified(|now| {
+            let changed = *now != health;
+            now.clone_from(&health);
+            changed
+        });
+        if changed {
+            let status = match &health {
+                Health::Healthy => format!("isolation as pool.json asks: {}", self.wishes()),
+                Health::Unhealthy(why) => format!("isolation NOT verified: {why}"),
+            };
+            // Without systemd there is nobody to tell.
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&status)]);
+        }
+    }
+
+    fn wishes(&self) -> String {
+        match self.pool.config.drop_targets().len() {
+            0 => "no drop target".to_owned(),
+            1 => "1 drop target".to_owned(),
+            count => format!("{count} drop targets"),
+        }
+    }
+}
+
+/// Something that may be logged over and over, and is not.
+#[derive(Debug, Default)]
+struct Repeated {
+    last: Option<(String, Instant)>,
+    times: u32,
+}
+
+impl Repeated {
+    /// How often it has happened since it was last said, when it is time to say it again.
+    fn say(&mut self, what: &str) -> Option<u32> {
+        self.times += 1;
+        let same = self.last.as_ref().is_some_and(|(said, at)| said == what && at.elapsed() < SAY_AGAIN);
+        if same {
+            return None;
+        }
+        self.last = Some((what.to_owned(), Instant::now()));
+        Some(std::mem::take(&mut self.times))
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
