@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::host::plan::{Line, Plan};
+use crate::host::plan::{self, Line, Plan, Step};
 
 /// Everything that a command would change.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ impl Changes {
     /// The changes of a plan.
     pub fn of(plan: &Plan) -> Self {
         Self {
-            lines: plan.steps.iter().flat_map(crate::host::plan::Step::lines).collect(),
+            lines: plan.steps.iter().flat_map(Step::lines).collect(),
             obstacles: plan.obstacles.clone(),
             ..Self::default()
         }
@@ -40,11 +40,7 @@ impl Changes {
 
     /// A file that would be replaced or removed.
     pub fn file(&mut self, path: &Path, old: Option<&str>, new: Option<&str>) {
-        for (contents, added) in [(old, false), (new, true)] {
-            let Some(contents) = contents else { continue };
-            self.lines.push(Line { added, text: format!("file {}", path.display()) });
-            self.lines.extend(contents.lines().map(|line| Line { added, text: format!("    {line}") }));
-        }
+        self.lines.extend(plan::file_lines(path, old, new));
     }
 
     /// Prints them on stdout.

@@ -469,10 +469,10 @@ impl Step {
                 vec![remove(format!("route local {subnet} dev {nic} table local"))]
             }
             Self::WriteFile { path, old, new, .. } => {
-                let old = old.as_deref().map(|old| file_lines(path, &String::from_utf8_lossy(old), false));
-                old.into_iter().flatten().chain(file_lines(path, new, true)).collect()
+                let old = old.as_deref().map(String::from_utf8_lossy);
+                file_lines(path, old.as_deref(), Some(new))
             }
-            Self::RemoveFile { path, old } => file_lines(path, &String::from_utf8_lossy(old), false),
+            Self::RemoveFile { path, old } => file_lines(path, Some(&String::from_utf8_lossy(old)), None),
             Self::RemoveLeaseRoutes(addresses) => {
                 addresses.iter().map(|address| remove(format!("route {address}/32 dev {BRIDGE}"))).collect()
             }
@@ -516,7 +516,21 @@ fn set_lines(new: Option<&std::collections::BTreeSet<Ipv4Net>>, old: &SetState) 
     lines
 }
 
-fn file_lines(path: &std::path::Path, contents: &str, added: bool) -> Vec<Line> {
-    let name = std::iter::once(format!("file {}", path.display()));
-    name.chain(contents.lines().map(|line| format!("    {line}"))).map(|text| Line { added, text }).collect()
+/// A file that is made, replaced or removed: what its old and its new text share at both ends is left out.
+#[must_use]
+pub fn file_lines(path: &std::path::Path, old: Option<&str>, new: Option<&str>) -> Vec<Line> {
+    let name = |added| Line { added, text: format!("file {}", path.display()) };
+    let before: Vec<&str> = old.unwrap_or_default().lines().collect();
+    let after: Vec<&str> = new.unwrap_or_default().lines().collect();
+    let head = before.iter().zip(&after).take_while(|(a, b)| a == b).count();
+    let tail = before[head..].iter().rev().zip(after[head..].iter().rev()).take_while(|(a, b)| a == b).count();
+    let indented = |added, lines: &[&str]| -> Vec<Line> {
+        lines.iter().map(|line| Line { added, text: format!("    {line}") }).collect()
+    };
+    let mut lines = Vec::new();
+    lines.extend(old.map(|_| name(false)));
+    lines.extend(indented(false, &before[head..before.len() - tail]));
+    lines.extend(new.map(|_| name(true)));
+    lines.extend(indented(true, &after[head..after.len() - tail]));
+    lines
 }

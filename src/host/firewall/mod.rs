@@ -143,7 +143,8 @@ pub async fn remove_blank_nft_tables(family: Family, ruleset: &Ruleset) -> Resul
     let mut script = String::new();
     for (table, contents) in ruleset.tables().filter(|(_, contents)| contents.is_blank()) {
         for (chain, _) in &contents.chains {
-            script.push_str(&format!("delete chain {name} {table} {chain}\n"));
+            // iptables-save prints built-in chains that are not there; adding one makes the deletion good either way.
+            script.push_str(&format!("add chain {name} {table} {chain}\ndelete chain {name} {table} {chain}\n"));
         }
         script.push_str(&format!("delete table {name} {table}\n"));
     }
