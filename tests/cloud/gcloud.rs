@@ -20,6 +20,22 @@ pub const SUBNETWORK: &str = "nodes";
 /// An alias range: range name (empty for the primary range) and CIDR.
 pub type Alias = (&'static str, &'static str);
 
+/// Aliases of others, as on the node that the Go program's state was recorded on.
+pub const OTHERS: [Alias; 2] = [("", "10.128.7.0/28"), ("gke-pods", "10.8.1.0/24")];
+
+/// The VMs' subnet as an alias.
+pub const OURS: &str = "cocoon-pods:172.20.100.0/24";
+
+/// [`OTHERS`] and [`OURS`], as nic0 has them after `init`.
+pub fn with_ours() -> Vec<String> {
+    [without_ours(), vec![OURS.to_owned()]].concat()
+}
+
+/// [`OTHERS`], as nic0 has them before `init` and after `teardown`.
+pub fn without_ours() -> Vec<String> {
+    vec!["10.128.7.0/28".to_owned(), "gke-pods:10.8.1.0/24".to_owned()]
+}
+
 /// One project with one VPC subnet and one instance in it.
 #[derive(Debug)]
 pub struct Gcloud {

@@ -14,6 +14,7 @@
 
 #![allow(dead_code, unused_imports, clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+mod eni;
 mod gcloud;
 mod metadata;
 mod ve;
@@ -26,9 +27,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-pub use gcloud::{Alias, Gcloud};
+pub use eni::Eni;
+pub use gcloud::{Alias, Gcloud, OTHERS, OURS, with_ours, without_ours};
 pub use metadata::Server;
-pub use ve::{Eni, INSTANCE, Ve};
+pub use ve::{INSTANCE, Ve};
 
 use crate::support::{IntoArgs, Node, Output, Process, SUBNET};
 
@@ -147,6 +149,14 @@ impl CloudNode {
     pub fn gke() -> Self {
         let node = Self::bare(Node::new(), "gke");
         node.serve_metadata(Server::Google);
+        node
+    }
+
+    /// The same in a VPC subnet with a shared range, with aliases of others on it.
+    pub fn gke_with_range() -> Self {
+        let node = Self::gke();
+        node.world().gcloud.add_range("cocoon-pods", "172.20.0.0/16");
+        node.world().gcloud.set_aliases(&OTHERS);
         node
     }
 

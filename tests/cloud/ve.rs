@@ -15,6 +15,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use serde_json::{Value, json};
 
+use super::eni::{Eni, describe};
 use super::{Answer, flag};
 
 pub const REGION: &str = "cn-beijing";
@@ -30,30 +31,6 @@ pub struct Subnet {
     /// Its range.
     pub cidr: String,
     /// Looks until it is `Available`.
-    looks: usize,
-}
-
-/// A network interface.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Eni {
-    /// Its id.
-    pub id: String,
-    /// Its name.
-    pub name: String,
-    /// The subnet it is in.
-    pub subnet: String,
-    /// `primary` or `secondary`.
-    pub kind: &'static str,
-    /// Its status.
-    pub status: &'static str,
-    /// The instance it is attached to.
-    pub device: String,
-    /// Its own address.
-    pub address: String,
-    /// Its secondary addresses.
-    pub secondary: Vec<String>,
-    /// Looks until it is seen at all, then until it is in its next state.
-    unseen: usize,
     looks: usize,
 }
 
@@ -357,54 +334,12 @@ impl Ve {
     }
 }
 
-impl Eni {
-    /// Goes to a passing state, and on to the one that follows after so many looks.
-    fn become_after(&mut self, looks: usize, passing: &'static str) {
-        (self.status, self.looks) = (passing, looks);
-        if looks == 0 {
-            self.arrive();
-        }
-    }
-
-    fn pass(&mut self) {
-        if self.unseen > 0 {
-            self.unseen -= 1;
-        } else if self.looks > 0 {
-            self.looks -= 1;
-            if self.looks == 0 {
-                self.arrive();
-            }
-        }
-    }
-
-    fn arrive(&mut self) {
-        self.status = match self.status {
-            "Attaching" => "InUse",
-            "Deleting" => "Deleted",
-            _ => {
-                self.device.clear();
-                "Available"
-            }
-        };
-    }
-}
-
 type Failure = (&'static str, &'static str);
 
 const INVALID_STATUS: Failure = (
     "InvalidEni.InvalidStatus",
     "The specified elastic network interface is not in the correct status for the request.",
 );
-
-fn describe(eni: &Eni) -> Value {
-    let secondary = eni.secondary.iter().map(|ip| json!({"Primary": false, "PrivateIpAddress": ip}));
-    let all: Vec<Value> = secondary.chain([json!({"Primary": true, "PrivateIpAddress": eni.address})]).collect();
-    json!({
-        "NetworkInterfaceId": eni.id, "NetworkInterfaceName": eni.name, "Type": eni.kind, "Status": eni.status,
-        "DeviceId": eni.device, "SubnetId": eni.subnet, "VpcId": VPC, "ServiceManaged": false,
-        "PrimaryIpAddress": eni.address, "PrivateIpSets": {"PrivateIpSet": all}, "SecurityGroupIds": ["sg-default"],
-    })
-}
 
 fn wrap(args: &[String], result: Value) -> Answer {
     let metadata = json!({"RequestId": "20260101120000000", "Action": args.get(1), "Version": "2020-04-01",
