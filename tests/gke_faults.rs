@@ -152,6 +152,22 @@ fn an_init_that_is_killed_after_any_call_is_carried_on_or_torn_down_from() {
 }
 
 #[test]
+fn an_init_for_another_subnet_that_is_killed_after_any_call_is_torn_down_from() {
+    for number in 1.. {
+        let node = CloudNode::gke_with_range();
+        node.init("").succeeded();
+        node.world().lag = 1;
+        if !node.killed_at(number, "init --platform gke --node-name n1 --subnet 172.20.101.0/24") {
+            assert!(number > 3, "init makes at least one change and two looks");
+            break;
+        }
+        node.world().faults.reset();
+        node.cocoon("teardown").succeeded();
+        assert_eq!(node.world().gcloud.aliases(), without_ours(), "call {number}");
+    }
+}
+
+#[test]
 fn a_teardown_that_is_killed_after_any_call_is_carried_on_from() {
     for number in 1..=3 {
         let node = CloudNode::gke_with_range();

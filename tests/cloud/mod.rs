@@ -247,12 +247,12 @@ impl CloudNode {
         self.command(argv).env("COCOON_NET_CLOUD_TIMEOUT", seconds).run()
     }
 
-    /// Runs a command, and kills it (SIGKILL) right after its call with this number was done, before the answer.
+    /// Runs a command (`init` alone is [`CloudNode::init`]), and kills it (SIGKILL) right after its call with this number was done, before the answer.
     /// Says whether it came to that call.
     #[track_caller]
     pub fn killed_at(&self, number: usize, command: &str) -> bool {
         self.world().faults.at(number, How::Kills);
-        let args = if command == "init" { self.args("init", "") } else { vec![command.to_owned()] };
+        let args = if command == "init" { self.args("init", "") } else { command.into_args() };
         let mut process = self.spawn_cocoon(args);
         let called =
             process.wait_until(Duration::from_secs(30), |process| self.world().killing || !process.is_running());
