@@ -185,6 +185,32 @@ fn a_failed_second_init_leaves_the_daemon_what_it_had() {
     }
 }
 
+#[test]
+fn a_failed_second_init_with_other_drops_keeps_the_first_ones() {
+    let node = CloudNode::gke_with_range();
+    node.init("--drop-cidr 10.0.0.0/8").succeeded();
+    let rules = node.rules("filter", "FORWARD");
+    node.world().faults.at(1, How::Refused);
+    node.init("--drop-cidr 192.0.2.0/24 --drop-internal-access").exited(1);
+    assert_eq!(node.state("dropCIDRs"), serde_json::json!(["10.0.0.0/8"]));
+    assert!(node.state("dropInternalAccess").is_null());
+    assert_eq!(node.rules("filter", "FORWARD"), rules);
+}
+
+#[test]
+fn an_init_that_the_cloud_refuses_leaves_the_host_as_it_was_and_a_state_to_tear_down() {
+    let node = CloudNode::gke_with_range();
+    let before = node.snapshot();
+    node.world().faults.on("network-interfaces update", How::Refused);
+    node.init("--drop-internal-access").exited(1);
+    node.assert_back_to_but_for(&before, &["files"]);
+    assert_eq!(node.state("platform"), "gke");
+    assert_eq!(node.listed("ips"), 0);
+    node.world().faults.reset();
+    node.teardown_within("1").succeeded();
+    assert_eq!(node.world().gcloud.aliases(), without_ours());
+}
+
 // The host, beside the cloud.
 
 const ALIAS_ROUTE: &str = "local 172.20.100.0/24 dev ens4";
