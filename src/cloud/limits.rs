@@ -24,7 +24,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { call: Duration::from_secs(120), visible: Duration::from_secs(30), attach: Duration::from_secs(60) }
+        Self { call: Duration::from_secs(60), visible: Duration::from_secs(30), attach: Duration::from_secs(60) }
     }
 }
 

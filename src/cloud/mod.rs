@@ -75,8 +75,8 @@ pub enum CloudError {
     },
     /// Addresses were being claimed when something failed.
     #[error(
-        "the addresses were not all claimed. So far there is in the cloud: {made}. Nothing of it is lost: \
-         `cocoon-net init` with the same arguments carries on from there, `cocoon-net teardown` gives it back"
+        "not all addresses could be claimed; so far there is in the cloud: {made}. `cocoon-net init` with the same \
+         arguments carries on from there, `cocoon-net teardown` gives it back"
     )]
     Unfinished {
         /// What there is so far.

@@ -182,6 +182,13 @@ impl Alias {
         Self { subnetwork_range_name: range.to_owned(), ip_cidr_range: subnet.to_string() }
     }
 
+    /// Reads an alias back from how it is displayed.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        let (range, cidr) = text.rsplit_once(':').unwrap_or(("", text));
+        Self { subnetwork_range_name: range.to_owned(), ip_cidr_range: cidr.to_owned() }
+    }
+
     /// Whether both mean the same range. The cloud may write a CIDR in another way than we do.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
@@ -215,10 +222,11 @@ pub fn with_ours(aliases: &[Alias], ours: &Alias) -> Option<Vec<Alias>> {
     Some(others.chain([ours]).cloned().collect())
 }
 
-/// The aliases to set so that ours is not among them. `None` when it is not there.
+/// The aliases to set so that none of ours is among them. `None` when there is none.
 #[must_use]
-pub fn without_ours(aliases: &[Alias], ours: &Alias) -> Option<Vec<Alias>> {
-    let rest: Vec<Alias> = aliases.iter().filter(|alias| !alias.is(ours)).cloned().collect();
+pub fn without_ours(aliases: &[Alias], ours: &[Alias]) -> Option<Vec<Alias>> {
+    let is_ours = |alias: &&Alias| ours.iter().any(|our| our.is(alias));
+    let rest: Vec<Alias> = aliases.iter().filter(|alias| !is_ours(alias)).cloned().collect();
     (rest.len() < aliases.len()).then_some(rest)
 }
 
@@ -299,10 +307,19 @@ mod tests {
 
     #[test]
     fn only_our_very_alias_is_taken_away() {
-        let ours = Alias::of(RANGE, "172.20.9.0/24".parse().unwrap());
-        assert_eq!(shown(&without_ours(&aliases(), &ours).unwrap()), ["10.128.7.0/28", "gke-pods:10.8.1.0/24"]);
-        assert_eq!(without_ours(&aliases(), &Alias::of(RANGE, subnet())), None);
-        assert_eq!(without_ours(&aliases(), &Alias::of("", "172.20.9.0/24".parse().unwrap())), None);
+        let ours = [Alias::of(RANGE, "172.20.9.0/24".parse().unwrap()), Alias::of(RANGE, subnet())];
+        let rest = ["10.128.7.0/28", "gke-pods:10.8.1.0/24"];
+        assert_eq!(shown(&without_ours(&aliases(), &ours).unwrap()), rest);
+        assert_eq!(shown(&without_ours(&aliases(), &ours[..1]).unwrap()), rest);
+        assert_eq!(without_ours(&aliases(), &ours[1..]), None);
+        assert_eq!(without_ours(&aliases(), &[Alias::of("", "172.20.9.0/24".parse().unwrap())]), None);
+    }
+
+    #[test]
+    fn an_alias_reads_back_as_it_is_displayed() {
+        for alias in aliases() {
+            assert_eq!(Alias::parse(&alias.to_string()), alias);
+        }
     }
 
     #[test]

@@ -107,13 +107,13 @@ impl Gke {
 
     /// Replaces the aliases of `nic0`, then looks until they are what was asked for. What others add meanwhile is
     /// theirs: only what we set has to be there, and `gone` not.
-    async fn set_aliases(&self, place: &Place, wanted: &[Alias], gone: Option<&Alias>) -> Result<(), CloudError> {
+    async fn set_aliases(&self, place: &Place, wanted: &[Alias], gone: &[Alias]) -> Result<(), CloudError> {
         let call = api::set_aliases(place, wanted);
         self.gcloud.run(&call).await?;
         let seen = wait_for(self.limits.visible, async || {
             let now = self.aliases(place).await?;
             let there = wanted.iter().all(|want| now.iter().any(|alias| alias.is(want)));
-            let away = gone.is_none_or(|gone| !now.iter().any(|alias| alias.is(gone)));
+            let away = !now.iter().any(|alias| gone.iter().any(|gone| gone.is(alias)));
             Ok::<_, CloudError>((there && away).then_some(()))
         });
         seen.await?.ok_or_else(|| self.no_effect(&call, "the aliases of nic0 did not become these".to_owned()))
@@ -138,7 +138,7 @@ impl Gke {
             pool.pending_claim = Some(ours.to_string());
             save(pool)?;
             made.push(format!("perhaps the alias {ours} on nic0 of {}", place.instance));
-            self.set_aliases(&place, &wanted, None).await?;
+            self.set_aliases(&place, &wanted, &[]).await?;
         }
         pool.pending_claim = None;
         Ok(())
@@ -146,15 +146,15 @@ impl Gke {
 
     async fn give_back(&self, pool: &Pool) -> Result<(), CloudError> {
         let place = self.place().await?;
-        let ours = our_alias(pool);
+        let ours = our_aliases(pool);
         // An init that was interrupted may have set it a moment ago.
         let limit = if pool.pending_claim.is_some() { self.limits.visible } else { Duration::ZERO };
         let rest =
             wait_for(limit, async || Ok::<_, CloudError>(api::without_ours(&self.aliases(&place).await?, &ours)));
         match rest.await? {
-            Some(rest) => self.set_aliases(&place, &rest, Some(&ours)).await,
+            Some(rest) => self.set_aliases(&place, &rest, &ours).await,
             None => {
-                tracing::info!(alias = %ours, instance = %place.instance, "the alias is not on nic0: nothing to remove");
+                tracing::info!(alias = %list(&ours), instance = %place.instance, "not on nic0: nothing to remove");
                 Ok(())
             }
         }
@@ -175,13 +175,12 @@ impl Provider for Gke {
 
     async fn status(&self, _: &Pool) -> Result<StatusRows, CloudError> {
         let aliases = self.aliases(&self.place().await?).await?;
-        let shown: Vec<String> = aliases.iter().map(Alias::to_string).collect();
-        Ok(vec![("Aliases", if shown.is_empty() { "(none)".to_owned() } else { shown.join(", ") })])
+        Ok(vec![("Aliases", if aliases.is_empty() { "(none)".to_owned() } else { list(&aliases) })])
     }
 
     async fn teardown(&self, pool: &mut Pool, _: &mut Checkpoint<'_>) -> Result<(), CloudError> {
         self.give_back(pool).await.map_err(|source| CloudError::NotGivenBack {
-            left: format!("perhaps the alias {} on nic0", our_alias(pool)),
+            left: format!("perhaps the alias {} on nic0", list(&our_aliases(pool))),
             source: Box::new(source),
         })
     }
@@ -197,12 +196,20 @@ impl Provider for Gke {
 
     async fn teardown_changes(&self, pool: &Pool) -> Result<Vec<String>, CloudError> {
         let place = self.place().await?;
-        let rest = api::without_ours(&self.aliases(&place).await?, &our_alias(pool));
+        let rest = api::without_ours(&self.aliases(&place).await?, &our_aliases(pool));
         Ok(rest.iter().map(|rest| self.gcloud.line(&api::set_aliases(&place, rest))).collect())
     }
 }
 
-/// The alias of a node: state of an older version does not name the range.
-fn our_alias(pool: &Pool) -> Alias {
-    Alias::of(pool.alias_range_name.as_deref().unwrap_or(api::RANGE), pool.config.subnet)
+/// The alias of a node, and one that an interrupted init may have set for another subnet. State of an older version does
+/// not name the range.
+fn our_aliases(pool: &Pool) -> Vec<Alias> {
+    let range = pool.alias_range_name.as_deref().unwrap_or(api::RANGE);
+    let ours = Alias::of(range, pool.config.subnet);
+    let pending = pool.pending_claim.as_deref().map(Alias::parse).filter(|pending| !pending.is(&ours));
+    std::iter::once(ours).chain(pending).collect()
+}
+
+fn list(aliases: &[Alias]) -> String {
+    aliases.iter().map(Alias::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -114,12 +114,18 @@ pub fn page(call: &[String], number: usize) -> Args {
     call
 }
 
-/// The first of `NODE-eni-1`, `NODE-eni-2`, ... that none of these has.
+/// A name for one more ENI of a node: `NODE-eni-N`, N its place among those there are, or the next that none of them has.
 #[must_use]
 pub fn free_name<'a>(node: &str, taken: impl IntoIterator<Item = &'a str>) -> String {
     let taken: Vec<&str> = taken.into_iter().collect();
-    let names = (1..).map(|n| format!("{node}-eni-{n}"));
-    names.take(taken.len() + 1).find(|name| !taken.contains(&name.as_str())).unwrap_or_default()
+    let mut number = taken.len() + 1;
+    loop {
+        let name = format!("{node}-eni-{number}");
+        if !taken.contains(&name.as_str()) {
+            return name;
+        }
+        number += 1;
+    }
 }
 
 #[cfg(test)]
@@ -153,8 +159,9 @@ mod tests {
     }
 
     #[test]
-    fn a_free_name_fills_the_first_gap() {
+    fn a_free_name_is_numbered_by_its_place() {
         assert_eq!(free_name("n", []), "n-eni-1");
-        assert_eq!(free_name("n", ["n-eni-1", "n-eni-3", "other"]), "n-eni-2");
+        assert_eq!(free_name("n", ["n-eni-1", "n-eni-2", "other"]), "n-eni-4");
+        assert_eq!(free_name("n", ["n-eni-1", "n-eni-3"]), "n-eni-4");
     }
 }

@@ -266,12 +266,13 @@ impl Claim<'_> {
         id: &str,
         done: impl Fn(&Eni) -> bool,
     ) -> Result<(), CloudError> {
-        match answer {
-            Err(error) if self.session.by_id(id).await?.is_some_and(|now| done(&now)) => {
+        let Err(error) = answer else { return Ok(()) };
+        match self.session.by_id(id).await {
+            Ok(Some(now)) if done(&now) => {
                 tracing::info!(%error, "it is done all the same");
                 Ok(())
             }
-            answer => Ok(answer?),
+            _ => Err(error.into()),
         }
     }
 

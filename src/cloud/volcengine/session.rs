@@ -158,8 +158,10 @@ impl<'a> Session<'a> {
         match self.call::<CreatedSubnet>(&call).await {
             Ok(created) => tracing::info!(%subnet, id = %created.subnet_id, "made the VPC subnet"),
             // Another run may have made it at the same moment, or an interrupted one be seen only now.
-            Err(error) if self.subnet(subnet).await?.is_none() => return Err(error.into()),
-            Err(error) => tracing::info!(%error, "the VPC subnet is there all the same"),
+            Err(error) => match self.subnet(subnet).await {
+                Ok(Some(_)) => tracing::info!(%error, "the VPC subnet is there all the same"),
+                _ => return Err(error.into()),
+            },
         }
         Ok(call)
     }

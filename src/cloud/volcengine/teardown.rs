@@ -83,8 +83,8 @@ impl Volcengine {
         let detach = calls::detach(id, &session.instance);
         if let Err(error) = session.tell(&detach).await {
             // An interrupted run may have detached it, and be seen only now.
-            match self.at_rest(session, id).await? {
-                Some(EniState::Available) | None => tracing::info!(%error, "it is detached all the same"),
+            match self.at_rest(session, id).await {
+                Ok(Some(EniState::Available) | None) => tracing::info!(%error, "it is detached all the same"),
                 _ => return Err(error.into()),
             }
         }
