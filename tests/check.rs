@@ -17,7 +17,7 @@ fn a_node_that_isolates_passes() {
     let node = isolated();
     let before = node.snapshot();
     node.cocoon("check").succeeded();
-    assert_eq!(before, node.snapshot());
+    node.assert_back_to(&before);
 }
 
 /// Breaks a node that was right; `check` must say so, exit with 3, and leave it as it is.
@@ -31,7 +31,7 @@ fn is_found_out(named: &str, breaking: impl FnOnce(&Node)) {
     let before = node.snapshot();
     let output = node.cocoon("check").exited(3);
     assert!(output.stdout.contains(named), "{named} is not named: {output}");
-    assert_eq!(before, node.snapshot());
+    node.assert_back_to(&before);
     node.cocoon("check --json").exited(3).json();
 }
 

@@ -138,7 +138,7 @@ fn print_table(before: &Findings, after: &Findings) -> bool {
 /// Compares the node with what it was, and says whether it is the same.
 fn print_leftovers(node: &Node, untouched: &Snapshot) -> bool {
     // Forwarding and source checks stay as a running host may need them by now; nothing filters less for it.
-    let tidy = |snapshot: Snapshot| snapshot.without(&["sysctls"]).without_empty_tables();
+    let tidy = |snapshot: Snapshot| snapshot.without(&["sysctls"]).without_empty_tables().without_folders();
     let before = tidy(untouched.clone());
     let mut left = String::new();
     for _ in 0..20 {

@@ -24,8 +24,7 @@ fn fails_and_leaves_nothing(node: &Node, named: &str) -> Output {
 /// Folders that came to be and a table that was looked at are no path for traffic; everything else counts.
 #[track_caller]
 fn assert_nothing_of_ours(node: &Node, before: &Snapshot) {
-    let bare = |snapshot: &Snapshot| snapshot.without(&["files"]).without_empty_tables();
-    assert!(bare(before) == bare(&node.snapshot()), "left behind:\n{}", before.diff(&node.snapshot()));
+    node.assert_alike(before, |snapshot| snapshot.without(&["files"]).without_empty_tables());
     assert!(!node.exists(STATE));
     assert!(!node.exists("/etc/cni/net.d/30-cocoon-dhcp.conflist"));
 }
@@ -187,20 +186,24 @@ fn a_hanging_tool_is_ended_with_its_children_and_nothing_is_installed() {
 fn a_lock_held_by_someone_else_is_waited_for() {
     let node = Node::builder().backend(Backend::Legacy).build();
     node.ok("iptables -S");
-    let _holder = node.spawn("flock /run/xtables.lock sleep 2");
+    let mut holder = node.hold_lock("/run/xtables.lock");
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(1));
+        holder.signal(nix::sys::signal::Signal::SIGKILL);
+    });
     node.adopt(DROPS).succeeded();
     assert!(node.rules("filter", "FORWARD")[0].ends_with("-j DROP"));
+    release.join().unwrap();
 }
 
 #[test]
 fn a_lock_that_is_never_released_is_named_and_nothing_is_installed() {
     let node = Node::builder().backend(Backend::Legacy).build();
     node.ok("iptables -S");
-    let holder = node.spawn("flock /run/xtables.lock sleep 300");
+    let _holder = node.hold_lock("/run/xtables.lock");
     let output = node.adopt(DROPS).exited(1);
     assert!(output.stderr.contains("lock"), "{output}");
     assert!(!node.exists(STATE) && !node.exists("/sys/class/net/cni0"), "{output}");
-    drop(holder);
 }
 
 #[test]
@@ -290,7 +293,7 @@ fn killed_around_each_tool(kill_line: &str) {
                 if tool.starts_with("ip") { format!("{} {tool}", real.display()) } else { real.display().to_string() };
             let count = "/run/.harness/count";
             let script = format!(
-                "#!/bin/sh\necho x >>{count}\nturn=$([ $(wc -l <{count}) = {nth} ] && echo yes)\n{}\n",
+                "#!/bin/sh\nexec 9>>{count}\nflock 9\necho x >&9\nturn=$([ $(wc -l <{count}) = {nth} ] && echo yes)\nexec 9>&-\n{}\n",
                 kill_line.replace("TOOL", &format!("{call} \"$@\""))
             );
             node.fake_tool(tool, &script);

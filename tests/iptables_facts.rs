@@ -3,8 +3,6 @@
 
 mod support;
 
-use std::time::Duration;
-
 use support::{Backend, Host, Node};
 
 fn both(test: impl Fn(&Node)) {
@@ -94,8 +92,7 @@ fn the_backends_do_not_see_each_other_and_a_drop_in_either_wins() {
 fn legacy_exits_with_4_when_the_lock_stays_taken() {
     let node = Node::builder().backend(Backend::Legacy).build();
     node.ok("iptables -S");
-    let mut holder = node.spawn("flock /run/xtables.lock sleep 60");
-    assert!(holder.wait_until(Duration::from_secs(5), |_| node.run("iptables -w 1 -A FORWARD -j ACCEPT").code() == 4));
+    let _holder = node.hold_lock("/run/xtables.lock");
     node.run("iptables -w 1 -A FORWARD -j DROP").exited(4);
 }
 

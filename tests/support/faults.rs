@@ -8,7 +8,7 @@ use nix::mount::{MsFlags, mount, umount};
 
 use super::host::{HARNESS, Host, make_executable, shadow};
 use super::node::{Node, cocoon};
-use super::process::{IntoArgs, Output, eventually, find};
+use super::process::{IntoArgs, Output, Process, eventually, find};
 
 impl Host {
     /// Puts a stand-in first on `PATH` for everything that is run here. Write `exec $(real) "$@"` with
@@ -88,6 +88,17 @@ impl Host {
     pub fn unmount(&self, path: &str) {
         let path = PathBuf::from(path);
         self.enter(move || umount(&path)).expect("cannot unmount in a private mount namespace");
+    }
+
+    /// Holds an flock(2) on a file or directory until the process is dropped.
+    #[track_caller]
+    pub fn hold_lock(&self, path: &str) -> Process {
+        let mut holder = self.spawn(["sh", "-c", &format!("exec 9<{path} && flock 9 && echo held && exec sleep 300")]);
+        assert!(
+            holder.wait_until(Duration::from_secs(5), |holder| holder.stdout() == "held\n"),
+            "{path} is not to be had"
+        );
+        holder
     }
 
     /// Waits until no process runs in here but the given ones: a killed program's children may still be at work.

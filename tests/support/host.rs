@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use std::{fs, io, panic, thread};
 
 use nix::mount::{MsFlags, mount};
@@ -14,7 +15,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid, gettid};
 
-use super::process::{Cmd, IntoArgs, Output, Process};
+use super::process::{Cmd, IntoArgs, Output, Process, eventually};
 
 /// What belongs to the support code inside a namespace; no part of the host under test.
 pub const HARNESS: &str = "/run/.harness";
@@ -192,6 +193,20 @@ impl Host {
     /// The interface's MAC address.
     pub fn mac_of(&self, interface: &str) -> String {
         self.read(format!("/sys/class/net/{interface}/address")).trim().to_owned()
+    }
+
+    /// Waits until the kernel has noticed that both ends of a cable are up, and has given this one its IPv6 address.
+    #[track_caller]
+    pub fn wait_for_carrier(&self, interface: &str) {
+        let (state, name) = (format!("/sys/class/net/{interface}/operstate"), format!(" {interface}\n"));
+        let up = self.enter(move || {
+            eventually(Duration::from_secs(5), || {
+                let up = fs::read_to_string(&state).is_ok_and(|state| state.trim() == "up");
+                up && fs::read_to_string("/proc/thread-self/net/if_inet6")
+                    .is_ok_and(|addresses| addresses.contains(&name))
+            })
+        });
+        assert!(up, "{}: {interface} did not come up", self.name);
     }
 
     /// The processes that run in this network namespace.

@@ -39,7 +39,7 @@
 //! - Running code: `node.enter(move || ...)` calls a closure on the namespace's thread; sockets made there stay there.
 //! - Files: `read`, `read_json`, `try_read`, `write`, `exists`, `mkdir`, all as seen from inside.
 //! - Faults: `fake_tool("modprobe", "#!/bin/sh\nexit 1\n")` puts a stand-in first on `PATH` (`real_tool` finds the one it
-//!   hides), `read_only(dir)`, `full(dir)`, `hide(dir)`, `set_sysctl`, [`Process::kill_after`], `settle` (wait until nothing
+//!   hides), `read_only(dir)`, `full(dir)`, `hide(dir)`, `hold_lock(path)`, `set_sysctl`, [`Process::kill_after`], `settle` (wait until nothing
 //!   but spawned processes is left running).
 //! - Traffic: `reaches` and `is_cut_off_from` by ping; `tcp_reaches`, `tcp_is_cut_off_from`, `udp_reaches`,
 //!   `udp_is_cut_off_from` against [`Host::echo`]; `vm.frame_reaches(&other, Frame)` for anything that is not IP.

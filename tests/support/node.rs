@@ -162,6 +162,7 @@ impl NodeBuilder {
         let (host, internet) = (Host::new("node"), Host::new("internet"));
         select_backend(&host, self.backend);
         cable(&host, &internet, &self);
+        host.wait_for_carrier(&self.uplink);
         Node { host, internet, backend: self.backend, vms: AtomicU8::new(0) }
     }
 }

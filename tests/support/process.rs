@@ -323,6 +323,7 @@ impl Drop for Process {
 /// Tries until it holds or the time is up; says whether it came to hold.
 pub fn eventually(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + timeout;
+    let mut nap = Duration::from_micros(500);
     loop {
         if condition() {
             return true;
@@ -330,7 +331,8 @@ pub fn eventually(timeout: Duration, mut condition: impl FnMut() -> bool) -> boo
         if Instant::now() > end {
             return false;
         }
-        sleep(Duration::from_millis(20));
+        sleep(nap);
+        nap = (nap * 2).min(Duration::from_millis(20));
     }
 }
 

@@ -108,6 +108,7 @@ impl<'n> VmBuilder<'n> {
             let plug = format!("link set {port} master {bridge} up");
             self.node.ip(&[&plug]);
         }
+        host.wait_for_carrier("eth0");
         let address = self.address.and_then(|address| Some(address.split_once('/')?.0.to_owned()));
         Vm { host, port, mac: self.mac, address }
     }
