@@ -97,16 +97,27 @@ pub fn write_durably(path: &Path, contents: &[u8], mode: u32) -> Result<(), File
     write().map_err(FileError::io("write", path))
 }
 
-/// Makes a folder and those above it. Returns whether it was missing.
+/// Makes a folder and those above it, unless it is there.
 ///
 /// # Errors
 /// [`FileError::Io`] when one cannot be made.
-pub fn make_folder(path: &Path, mode: u32) -> Result<bool, FileError> {
+pub fn make_folder(path: &Path, mode: u32) -> Result<(), FileError> {
     if path.is_dir() {
-        return Ok(false);
+        return Ok(());
     }
-    DirBuilder::new().recursive(true).mode(mode).create(path).map_err(FileError::io("make the folder", path))?;
-    Ok(true)
+    DirBuilder::new().recursive(true).mode(mode).create(path).map_err(FileError::io("make the folder", path))
+}
+
+/// Those of the folders on the way to `path`, itself included, that are not there, outermost first.
+#[must_use]
+pub fn missing_folders(path: &Path) -> Vec<PathBuf> {
+    let mut missing: Vec<PathBuf> = path
+        .ancestors()
+        .take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists())
+        .map(Path::to_owned)
+        .collect();
+    missing.reverse();
+    missing
 }
 
 /// Checks that files can be made in a folder, by making and removing one.
@@ -134,10 +145,12 @@ pub fn remove(path: &Path) -> Result<bool, FileError> {
     }
 }
 
-/// Removes a folder if it is empty.
-pub fn remove_if_empty(folder: &Path) {
-    // ENOTEMPTY is the answer for a folder that somebody still uses: it stays.
-    let _ = fs::remove_dir(folder);
+/// Removes those of these folders that are empty, innermost first.
+pub fn remove_empty(folders: &[PathBuf]) {
+    for folder in folders.iter().rev() {
+        // ENOTEMPTY is the answer for a folder that somebody else uses: it stays.
+        let _ = fs::remove_dir(folder);
+    }
 }
 
 /// An exclusive lock on the state folder itself: one command at a time changes this node.

@@ -124,7 +124,7 @@ impl Reconciler {
                     self.say_what_was_done(&outcome.found, wake);
                 }
                 self.note_drops(&outcome);
-                self.verified().await;
+                self.verified();
                 Ok(if repaired { watch::Outcome::Repaired } else { watch::Outcome::Clean })
             }
             Err(error) => {
@@ -181,7 +181,7 @@ impl Reconciler {
         let by = wake.by.as_ref().map(|(name, pid)| format!("{name} (PID {pid})")).unwrap_or_default();
         if !wake.besieged {
             tracing::warn!(found = %what, by, "the host had drifted and was repaired");
-        } else if let Some(times) = self.repairs.say("besieged") {
+        } else if let Some(times) = self.repairs.say(&what) {
             tracing::warn!(found = %what, by, times, "something keeps undoing the host configuration; it is repaired each time");
         }
     }
@@ -194,7 +194,7 @@ impl Reconciler {
         }
     }
 
-    async fn verified(&mut self) {
+    fn verified(&mut self) {
         let wanted = self.pool.config.wants_isolation();
         if wanted && self.options.rules == Rules::Leave {
             if !self.started {

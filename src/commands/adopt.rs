@@ -27,18 +27,17 @@ pub async fn run(args: AdoptArgs) -> Result<()> {
     let config = request.resolve(true).await?;
     let host = Host::open()?;
 
-    let made_folder = configure::prepare_state_dir(state_dir)?;
+    let missing_folders = configure::prepare_state_dir(state_dir, &config)?;
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let earlier = Pool::load_optional(state_dir)?;
     let before = host.observe(&config, rules).await?;
 
     let mut pool = adopted(&request, &config, earlier.as_ref());
+    pool.made_folders.extend(missing_folders.iter().cloned());
     let earlier = earlier.as_ref().map(|earlier| &earlier.config);
     if let Err(error) = configure::host_then_state(&host, &mut pool, earlier, rules, state_dir).await {
         let error = configure::undone(error, &host, &config, rules, &before).await;
-        if made_folder {
-            files::remove_if_empty(state_dir);
-        }
+        files::remove_empty(&missing_folders);
         return Err(error);
     }
     if rules == Rules::Leave && config.wants_isolation() {

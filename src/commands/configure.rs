@@ -1,6 +1,6 @@
 //! What `init` and `adopt` share: the host is made right and the state saved, or both are as they were.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -15,11 +15,19 @@ use crate::pool::{self, Pool};
 
 use super::changes::Changes;
 
-/// Makes sure that the state can be written before anything else is. Returns whether the folder had to be made.
-pub fn prepare_state_dir(state_dir: &Path) -> Result<bool> {
-    let made = files::make_folder(state_dir, files::STATE_FOLDER_MODE)?;
-    files::check_writable(state_dir).context("the state could not be saved, so nothing was changed")?;
-    Ok(made)
+/// Makes sure that the state can be written before anything else is. Returns the folders that are missing for it and
+/// for the CNI configuration.
+pub fn prepare_state_dir(state_dir: &Path, config: &NodeConfig) -> Result<Vec<PathBuf>> {
+    let mut missing = files::missing_folders(state_dir);
+    missing.extend(files::missing_folders(&config.cni_conf_dir));
+    let prepare = || {
+        files::make_folder(state_dir, files::STATE_FOLDER_MODE)?;
+        files::check_writable(state_dir)
+    };
+    prepare()
+        .inspect_err(|_| files::remove_empty(&missing))
+        .context("the state could not be saved, so nothing was changed")?;
+    Ok(missing)
 }
 
 /// Makes the host right, then saves the state. The host lock keeps a running daemon from comparing a half-changed host

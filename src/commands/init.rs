@@ -31,12 +31,13 @@ pub async fn run(args: NodeArgs) -> Result<()> {
     let cloud = Cloud::connect(config.platform, Limits::from_env(), Progress::Shown)?;
     let host = Host::open()?;
 
-    let made_folder = configure::prepare_state_dir(state_dir)?;
+    let missing_folders = configure::prepare_state_dir(state_dir, &config)?;
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let earlier = Pool::load_optional(state_dir)?;
     let before = host.observe(&config, Rules::Manage).await?;
 
     let mut pool = Pool::following(config.clone(), earlier.as_ref());
+    pool.made_folders.extend(missing_folders.iter().cloned());
     let result = async {
         // What would make isolation impossible is found out before the cloud is asked for anything.
         host.guard(&config, Rules::Manage).await?;
@@ -46,9 +47,7 @@ pub async fn run(args: NodeArgs) -> Result<()> {
     };
     if let Err(error) = result.await {
         let error = configure::undone(error, &host, &config, Rules::Manage, &before).await;
-        if made_folder {
-            files::remove_if_empty(state_dir);
-        }
+        files::remove_empty(&missing_folders);
         return Err(error);
     }
     super::print_line(&format!(

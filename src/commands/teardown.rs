@@ -44,6 +44,7 @@ pub async fn run(args: TeardownArgs) -> Result<()> {
     }
     if failures.is_empty() {
         failures.extend(remove_state(state_dir).err());
+        files::remove_empty(&pool.made_folders);
     }
     for failure in &failures {
         tracing::error!(error = %format!("{failure:#}"), "a part could not be torn down");

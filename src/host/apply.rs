@@ -67,11 +67,8 @@ impl Host {
                 files::write_durably(path, new.as_bytes(), *mode)?;
             }
             Step::RemoveFile { path, .. } => drop(files::remove(path)?),
-            Step::RemoveLeaseRoutes(addresses) => {
-                let bridge = self.index(BRIDGE).await?;
-                for address in addresses {
-                    self.links.remove_lease_route(bridge, *address).await?;
-                }
+            Step::RemoveLeaseRoutes { subnet, .. } => {
+                self.links.remove_lease_routes(self.index(BRIDGE).await?, *subnet).await?;
             }
             Step::DeleteBridge => self.links.delete(self.index(BRIDGE).await?, BRIDGE).await?,
         }

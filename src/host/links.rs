@@ -13,7 +13,7 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
-use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{AddressMessageBuilder, Handle, LinkBridge, LinkBridgePort, LinkUnspec};
 
 use crate::config::InterfaceName;
 
@@ -172,23 +172,20 @@ impl Links {
     /// # Errors
     /// [`LinkError::Request`].
     pub async fn lease_routes(&self, bridge: u32, subnet: Ipv4Net) -> Result<Vec<Ipv4Addr>, LinkError> {
-        let routes = self.routes(RouteHeader::RT_TABLE_MAIN, RouteType::Unicast, Some(bridge)).await?;
-        let of_leases = routes.iter().filter(|route| route.header.protocol == RouteProtocol::Boot);
-        let hosts = of_leases.filter_map(destination).filter(|net| net.prefix_len() == 32 && subnet.contains(net));
-        Ok(hosts.map(|net| net.addr()).collect())
+        let routes = self.routes_of_leases(bridge, subnet).await?;
+        Ok(routes.iter().filter_map(destination).map(|net| net.addr()).collect())
     }
 
-    /// Removes the `/32` route of a lease.
+    /// Removes those routes.
     ///
     /// # Errors
     /// [`LinkError::Request`].
-    pub async fn remove_lease_route(&self, bridge: u32, address: Ipv4Addr) -> Result<(), LinkError> {
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(address, 32)
-            .output_interface(bridge)
-            .protocol(RouteProtocol::Boot)
-            .build();
-        self.handle.route().del(route).execute().await.map_err(failed(format!("remove the route to {address}")))
+    pub async fn remove_lease_routes(&self, bridge: u32, subnet: Ipv4Net) -> Result<(), LinkError> {
+        for route in self.routes_of_leases(bridge, subnet).await? {
+            let doing = destination(&route).map(|net| format!("remove the route to {net}")).unwrap_or_default();
+            self.handle.route().del(route).execute().await.map_err(failed(doing))?;
+        }
+        Ok(())
     }
 
     /// Makes a bridge with an address that does not change when ports join.
@@ -281,6 +278,15 @@ impl Links {
     /// [`LinkError::Request`]; an interface that is not there is `None`.
     pub async fn index_of(&self, name: &str) -> Result<Option<u32>, LinkError> {
         Ok(self.read().await?.iter().find(|link| link.name == name).map(|link| link.index))
+    }
+
+    async fn routes_of_leases(&self, bridge: u32, subnet: Ipv4Net) -> Result<Vec<RouteMessage>, LinkError> {
+        let mut routes = self.routes(RouteHeader::RT_TABLE_MAIN, RouteType::Unicast, Some(bridge)).await?;
+        routes.retain(|route| {
+            let host = destination(route).is_some_and(|net| net.prefix_len() == 32 && subnet.contains(&net));
+            host && route.header.protocol == RouteProtocol::Boot
+        });
+        Ok(routes)
     }
 
     async fn change(&self, message: LinkMessage, doing: impl Into<String>) -> Result<(), LinkError> {

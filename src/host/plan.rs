@@ -174,7 +174,12 @@ pub enum Step {
         old: Vec<u8>,
     },
     /// Remove the routes of leases.
-    RemoveLeaseRoutes(Vec<Ipv4Addr>),
+    RemoveLeaseRoutes {
+        /// The VMs' subnet.
+        subnet: Ipv4Net,
+        /// The addresses that have one.
+        addresses: Vec<Ipv4Addr>,
+    },
     /// Delete the bridge.
     DeleteBridge,
 }
@@ -205,7 +210,7 @@ impl Plan {
         plan.sysctls(desired, observed);
         plan.guest_agent(config, desired, observed);
         plan.conflist(config, desired, observed);
-        plan.removals(desired, observed);
+        plan.removals(config, desired, observed);
         plan
     }
 
@@ -377,10 +382,11 @@ impl Plan {
         }
     }
 
-    fn removals(&mut self, desired: &Desired, observed: &Observed) {
+    fn removals(&mut self, config: &NodeConfig, desired: &Desired, observed: &Observed) {
         if desired.no_lease_routes && !observed.lease_routes.is_empty() {
             let text = format!("{} routes of leases are left", observed.lease_routes.len());
-            self.step(Drift::LeaseRoutes, text, Step::RemoveLeaseRoutes(observed.lease_routes.clone()));
+            let addresses = observed.lease_routes.clone();
+            self.step(Drift::LeaseRoutes, text, Step::RemoveLeaseRoutes { subnet: config.subnet.net(), addresses });
         }
         let Some(link) = observed.bridge().filter(|link| link.is_bridge && desired.bridge == Part::Absent) else {
             return;
@@ -473,7 +479,7 @@ impl Step {
                 file_lines(path, old.as_deref(), Some(new))
             }
             Self::RemoveFile { path, old } => file_lines(path, Some(&String::from_utf8_lossy(old)), None),
-            Self::RemoveLeaseRoutes(addresses) => {
+            Self::RemoveLeaseRoutes { addresses, .. } => {
                 addresses.iter().map(|address| remove(format!("route {address}/32 dev {BRIDGE}"))).collect()
             }
             Self::DeleteBridge => vec![remove(format!("link {BRIDGE} type bridge"))],
