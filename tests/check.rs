@@ -2,7 +2,8 @@
 
 mod support;
 
-use support::{INSIDE_TEN, INTERNET, Node};
+use nix::sys::signal::Signal;
+use support::{INSIDE_TEN, INTERNET, Node, Process};
 
 const DROPS: &str = "--drop-internal-access --drop-cidr 10.0.0.0/8";
 
@@ -12,12 +13,27 @@ fn isolated() -> Node {
     node
 }
 
+/// A daemon that is alive and repairs nothing.
+fn paused_daemon(node: &Node) -> Process {
+    let mut daemon = node.daemon("--metrics-addr=");
+    daemon.signal(Signal::SIGSTOP);
+    daemon
+}
+
 #[test]
 fn a_node_that_isolates_passes() {
     let node = isolated();
+    let _daemon = paused_daemon(&node);
     let before = node.snapshot();
     node.cocoon("check").succeeded();
     node.assert_back_to(&before);
+}
+
+#[test]
+fn a_node_without_its_daemon_is_told_so() {
+    let node = isolated();
+    let output = node.cocoon("check");
+    assert!(output.stdout.contains("not running"), "{output}");
 }
 
 /// Breaks a node that was right; `check` must say so, exit with 3, and leave it as it is.
@@ -25,14 +41,14 @@ fn a_node_that_isolates_passes() {
 fn is_found_out(named: &str, breaking: impl FnOnce(&Node)) {
     let node = isolated();
     let _vm = node.vm("a");
-    node.adopt(DROPS).succeeded();
+    let _daemon = paused_daemon(&node);
     node.cocoon("check").succeeded();
     breaking(&node);
     let before = node.snapshot();
     let output = node.cocoon("check").exited(3);
     assert!(output.stdout.contains(named), "{named} is not named: {output}");
     node.assert_back_to(&before);
-    node.cocoon("check --json").exited(3).json();
+    assert_eq!(node.cocoon("check --json").exited(3).json()["ok"], false);
 }
 
 #[test]

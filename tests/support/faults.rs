@@ -1,6 +1,6 @@
 //! Things that go wrong on a host, on purpose; and a look at which processes a command starts.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use nix::mount::{MsFlags, mount, umount};
 
 use super::host::{HARNESS, Host, make_executable, shadow};
 use super::node::{Node, cocoon};
-use super::process::{IntoArgs, Output, Process, eventually, find};
+use super::process::{IntoArgs, Output, eventually, find};
 
 impl Host {
     /// Puts a stand-in first on `PATH` for everything that is run here. Write `exec $(real) "$@"` with
@@ -90,15 +90,13 @@ impl Host {
         self.enter(move || umount(&path)).expect("cannot unmount in a private mount namespace");
     }
 
-    /// Holds an flock(2) on a file or directory until the process is dropped.
+    /// Holds an flock(2) on a file or directory until the answer is dropped.
     #[track_caller]
-    pub fn hold_lock(&self, path: &str) -> Process {
-        let mut holder = self.spawn(["sh", "-c", &format!("exec 9<{path} && flock 9 && echo held && exec sleep 300")]);
-        assert!(
-            holder.wait_until(Duration::from_secs(5), |holder| holder.stdout() == "held\n"),
-            "{path} is not to be had"
-        );
-        holder
+    pub fn hold_lock(&self, path: &str) -> File {
+        let path = path.to_owned();
+        let file = self.enter(|| File::open(path)).expect("cannot open what is to be locked");
+        file.try_lock().expect("somebody else holds the lock");
+        file
     }
 
     /// Waits until no process runs in here but the given ones: a killed program's children may still be at work.
