@@ -9,6 +9,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// Extended attribute of the folders that we made (`xattr(7)`).
+const MADE_BY_US: &str = "user.cocoon-net.made";
+
 /// Mode of the state folder.
 pub const STATE_FOLDER_MODE: u32 = 0o750;
 
@@ -97,27 +100,36 @@ pub fn write_durably(path: &Path, contents: &[u8], mode: u32) -> Result<(), File
     write().map_err(FileError::io("write", path))
 }
 
-/// Makes a folder and those above it, unless it is there.
+/// Makes a folder and those above it that are missing. Each is marked, so that [`remove_made_folders`] knows it again.
 ///
 /// # Errors
 /// [`FileError::Io`] when one cannot be made.
-pub fn make_folder(path: &Path, mode: u32) -> Result<(), FileError> {
-    if path.is_dir() {
-        return Ok(());
+pub fn make_folders(path: &Path, mode: u32) -> Result<(), FileError> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|folder| is_missing(folder)).collect();
+    for folder in missing.into_iter().rev() {
+        match DirBuilder::new().mode(mode).create(folder) {
+            // A file system without extended attributes: the folder will stay behind.
+            Ok(()) => drop(rustix::fs::setxattr(folder, MADE_BY_US, b"1", rustix::fs::XattrFlags::empty())),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(FileError::io("make the folder", folder)(error)),
+        }
     }
-    DirBuilder::new().recursive(true).mode(mode).create(path).map_err(FileError::io("make the folder", path))
+    Ok(())
 }
 
-/// Those of the folders on the way to `path`, itself included, that are not there, outermost first.
-#[must_use]
-pub fn missing_folders(path: &Path) -> Vec<PathBuf> {
-    let mut missing: Vec<PathBuf> = path
-        .ancestors()
-        .take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists())
-        .map(Path::to_owned)
-        .collect();
-    missing.reverse();
-    missing
+/// Removes a folder and those above it as far as they are marked as ours and empty.
+pub fn remove_made_folders(path: &Path) {
+    let marked = |folder: &&Path| rustix::fs::getxattr(*folder, MADE_BY_US, &mut [0_u8; 1]).is_ok();
+    for folder in path.ancestors().take_while(marked) {
+        // ENOTEMPTY is the answer for a folder that somebody else uses: it stays.
+        if fs::remove_dir(folder).is_err() {
+            return;
+        }
+    }
+}
+
+fn is_missing(folder: &Path) -> bool {
+    !folder.as_os_str().is_empty() && !folder.exists()
 }
 
 /// Checks that files can be made in a folder, by making and removing one.
@@ -142,14 +154,6 @@ pub fn remove(path: &Path) -> Result<bool, FileError> {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(FileError::io("remove", path)(error)),
-    }
-}
-
-/// Removes those of these folders that are empty, innermost first.
-pub fn remove_empty(folders: &[PathBuf]) {
-    for folder in folders.iter().rev() {
-        // ENOTEMPTY is the answer for a folder that somebody else uses: it stays.
-        let _ = fs::remove_dir(folder);
     }
 }
 
@@ -289,6 +293,22 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o644);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn folders_that_we_made_go_again_and_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let theirs = dir.path().join("theirs");
+        fs::create_dir(&theirs).unwrap();
+        let ours = theirs.join("a/b");
+        make_folders(&ours, 0o750).unwrap();
+        assert_eq!(fs::metadata(&ours).unwrap().mode() & 0o777, 0o750);
+        fs::write(ours.join("used"), "").unwrap();
+        remove_made_folders(&ours);
+        assert!(ours.exists(), "somebody uses it");
+        fs::remove_file(ours.join("used")).unwrap();
+        remove_made_folders(&ours);
+        assert!(theirs.exists() && fs::read_dir(&theirs).unwrap().next().is_none());
     }
 
     #[test]

@@ -33,8 +33,6 @@ pub struct Pool {
     pub subnet_id: Option<String>,
     /// The secondary range that the alias is cut from (GKE).
     pub alias_range_name: Option<String>,
-    /// Folders that were missing and had to be made: empty ones go again with the node.
-    pub made_folders: Vec<PathBuf>,
     /// When this was written.
     pub updated_at: Timestamp,
     /// Keys that other versions wrote.
@@ -100,7 +98,6 @@ impl Pool {
             pending_claim: None,
             subnet_id: None,
             alias_range_name: None,
-            made_folders: Vec::new(),
             updated_at: Timestamp::now(),
             unknown: Map::new(),
         }
@@ -189,7 +186,6 @@ impl Pool {
         if !config::is_default_cni_conf_dir(&config.cni_conf_dir) {
             put("cniConfDir", config.cni_conf_dir.to_string_lossy().into());
         }
-        put("madeFolders", self.made_folders.iter().map(|folder| folder.to_string_lossy()).collect());
         map.extend(self.unknown.clone());
         map.insert("updatedAt".to_owned(), text(&self.updated_at));
         serde_json::to_string_pretty(&map).unwrap_or_default()
@@ -232,7 +228,6 @@ impl Pool {
         };
         let mtu = keys.number("mtu")?.map(Mtu::try_from).transpose().map_err(keys.refuse("mtu"))?;
         let cni_conf_dir = keys.string("cniConfDir")?.map_or(config::DEFAULT_CNI_CONF_DIR.into(), PathBuf::from);
-        let made_folders = keys.strings("madeFolders")?.into_iter().map(PathBuf::from).collect();
         // A time that does not parse is no reason to stop a node: it is shown, and nothing depends on it.
         let updated_at = keys.string("updatedAt")?.and_then(|time| time.parse().ok()).unwrap_or(Timestamp::UNIX_EPOCH);
 
@@ -249,17 +244,7 @@ impl Pool {
             cni_conf_dir,
         };
         let config = config.checked().map_err(keys.refuse("primaryNIC"))?;
-        Ok(Self {
-            config,
-            ips,
-            eni_ids,
-            pending_claim,
-            subnet_id,
-            alias_range_name,
-            made_folders,
-            updated_at,
-            unknown: keys.map,
-        })
+        Ok(Self { config, ips, eni_ids, pending_claim, subnet_id, alias_range_name, updated_at, unknown: keys.map })
     }
 }
 
@@ -373,7 +358,6 @@ mod tests {
         pool.config.mtu = Some("1460".parse().unwrap());
         pool.pending_claim = Some("n-eni-3".to_owned());
         pool.config.cni_conf_dir = "/tmp/cni".into();
-        pool.made_folders = vec!["/tmp/cni".into()];
         let again = parse(&pool.to_json()).unwrap();
         assert_eq!(again, pool);
         assert_eq!(again.unknown["later"]["a"][0], 1);

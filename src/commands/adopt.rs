@@ -27,18 +27,15 @@ pub async fn run(args: AdoptArgs) -> Result<()> {
     let config = request.resolve(true).await?;
     let host = Host::open()?;
 
-    let missing_folders = configure::prepare_state_dir(state_dir, &config)?;
+    configure::prepare_state_dir(state_dir)?;
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let earlier = Pool::load_optional(state_dir)?;
-    let before = host.observe(&config, rules).await?;
+    let before = host.observe(&config, rules).await.inspect_err(|_| files::remove_made_folders(state_dir))?;
 
     let mut pool = adopted(&request, &config, earlier.as_ref());
-    pool.made_folders.extend(missing_folders.iter().cloned());
     let earlier = earlier.as_ref().map(|earlier| &earlier.config);
     if let Err(error) = configure::host_then_state(&host, &mut pool, earlier, rules, state_dir).await {
-        let error = configure::undone(error, &host, &config, rules, &before).await;
-        files::remove_empty(&missing_folders);
-        return Err(error);
+        return Err(configure::undone(error, &host, &config, rules, &before, state_dir).await);
     }
     if rules == Rules::Leave && config.wants_isolation() {
         super::print_line(

@@ -1,6 +1,6 @@
 //! What `init` and `adopt` share: the host is made right and the state saved, or both are as they were.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -15,19 +15,15 @@ use crate::pool::{self, Pool};
 
 use super::changes::Changes;
 
-/// Makes sure that the state can be written before anything else is. Returns the folders that are missing for it and
-/// for the CNI configuration.
-pub fn prepare_state_dir(state_dir: &Path, config: &NodeConfig) -> Result<Vec<PathBuf>> {
-    let mut missing = files::missing_folders(state_dir);
-    missing.extend(files::missing_folders(&config.cni_conf_dir));
+/// Makes sure that the state can be written before anything else is.
+pub fn prepare_state_dir(state_dir: &Path) -> Result<()> {
     let prepare = || {
-        files::make_folder(state_dir, files::STATE_FOLDER_MODE)?;
+        files::make_folders(state_dir, files::STATE_FOLDER_MODE)?;
         files::check_writable(state_dir)
     };
     prepare()
-        .inspect_err(|_| files::remove_empty(&missing))
-        .context("the state could not be saved, so nothing was changed")?;
-    Ok(missing)
+        .inspect_err(|_| files::remove_made_folders(state_dir))
+        .context("the state could not be saved, so nothing was changed")
 }
 
 /// Makes the host right, then saves the state. The host lock keeps a running daemon from comparing a half-changed host
@@ -56,10 +52,14 @@ pub async fn undone(
     config: &NodeConfig,
     rules: Rules,
     before: &Observed,
+    state_dir: &Path,
 ) -> anyhow::Error {
     // A daemon that holds it for long is no reason to leave things as they are.
     let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await;
-    match host.revert(config, rules, before).await {
+    let reverted = host.revert(config, rules, before).await;
+    files::remove_made_folders(&config.cni_conf_dir);
+    files::remove_made_folders(state_dir);
+    match reverted {
         Ok(()) => error,
         Err(failures) => {
             for failure in failures {

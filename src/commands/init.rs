@@ -31,13 +31,12 @@ pub async fn run(args: NodeArgs) -> Result<()> {
     let cloud = Cloud::connect(config.platform, Limits::from_env(), Progress::Shown)?;
     let host = Host::open()?;
 
-    let missing_folders = configure::prepare_state_dir(state_dir, &config)?;
+    configure::prepare_state_dir(state_dir)?;
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let earlier = Pool::load_optional(state_dir)?;
-    let before = host.observe(&config, Rules::Manage).await?;
+    let before = host.observe(&config, Rules::Manage).await.inspect_err(|_| files::remove_made_folders(state_dir))?;
 
     let mut pool = Pool::following(config.clone(), earlier.as_ref());
-    pool.made_folders.extend(missing_folders.iter().cloned());
     let result = async {
         // What would make isolation impossible is found out before the cloud is asked for anything.
         host.guard(&config, Rules::Manage).await?;
@@ -46,9 +45,7 @@ pub async fn run(args: NodeArgs) -> Result<()> {
         configure::host_then_state(&host, &mut pool, earlier, Rules::Manage, state_dir).await
     };
     if let Err(error) = result.await {
-        let error = configure::undone(error, &host, &config, Rules::Manage, &before).await;
-        files::remove_empty(&missing_folders);
-        return Err(error);
+        return Err(configure::undone(error, &host, &config, Rules::Manage, &before, state_dir).await);
     }
     super::print_line(&format!(
         "cocoon-net init complete: {} IPs provisioned on {} ({})",

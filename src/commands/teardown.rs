@@ -44,7 +44,8 @@ pub async fn run(args: TeardownArgs) -> Result<()> {
     }
     if failures.is_empty() {
         failures.extend(remove_state(state_dir).err());
-        files::remove_empty(&pool.made_folders);
+        files::remove_made_folders(&pool.config.cni_conf_dir);
+        files::remove_made_folders(state_dir);
     }
     for failure in &failures {
         tracing::error!(error = %format!("{failure:#}"), "a part could not be torn down");

@@ -45,7 +45,7 @@ pub struct Loaded {
 /// When a file cannot be read or moved for a reason other than its contents.
 pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        files::make_folder(folder, files::STATE_FOLDER_MODE).map_err(LeaseError::File)?;
+        files::make_folders(folder, files::STATE_FOLDER_MODE).map_err(LeaseError::File)?;
     }
     let journal_path = path.with_extension("journal");
     let bytes = files::read_optional(path).map_err(LeaseError::File)?;

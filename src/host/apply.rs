@@ -62,7 +62,7 @@ impl Host {
             Step::RemoveLocalRoute { nic, subnet } => self.remove_local_route(nic, *subnet).await?,
             Step::WriteFile { path, new, mode, .. } => {
                 if let Some(folder) = path.parent() {
-                    files::make_folder(folder, SHARED_FOLDER_MODE)?;
+                    files::make_folders(folder, SHARED_FOLDER_MODE)?;
                 }
                 files::write_durably(path, new.as_bytes(), *mode)?;
             }
