@@ -379,3 +379,18 @@ fn two_inits_at_once_make_seven_enis() {
     node.cocoon("teardown").succeeded();
     node.assert_no_enis();
 }
+
+#[test]
+fn init_over_a_working_node_keeps_its_leases() {
+    let node = CloudNode::volcengine();
+    node.init("").succeeded();
+    let mut daemon = node.daemon("--metrics-addr=");
+    let vm = node.vm_builder("a").unconfigured().build();
+    let address = cloud::lease(&vm);
+    node.init("").succeeded();
+    node.world().faults.on("DescribeNetworkInterfaces", How::Refused);
+    node.init("").exited(1);
+    assert_eq!(cloud::lease(&vm), address);
+    assert!(daemon.is_running());
+    assert_eq!(node.listed("ips"), 140);
+}
