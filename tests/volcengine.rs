@@ -70,6 +70,17 @@ fn slow_answers_are_waited_for() {
 }
 
 #[test]
+fn a_cloud_that_is_called_too_often_is_called_again_after_a_while() {
+    let node = CloudNode::volcengine();
+    node.world().ve.throttled = 3;
+    node.init("").succeeded();
+    node.assert_seven_enis();
+    node.world().ve.throttled = usize::MAX;
+    let output = node.init_within("0.5").exited(1);
+    assert!(output.stderr.contains("AccountFlowLimitExceeded"), "{output}");
+}
+
+#[test]
 fn progress_is_on_stderr_a_line_for_each_step() {
     let node = CloudNode::volcengine();
     let output = node.init("").succeeded();

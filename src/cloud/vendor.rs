@@ -90,6 +90,12 @@ impl CallError {
         }
     }
 
+    /// Whether the cloud refused it for no other reason than that too many calls are made (`AccountFlowLimitExceeded`).
+    #[must_use]
+    pub fn is_throttled(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if code.ends_with("FlowLimitExceeded"))
+    }
+
     /// Whether the call is known to have changed nothing: the cloud refused it, or the CLI was never started. After a
     /// timeout, a crash or an internal error of the cloud it may have been done all the same.
     #[must_use]
@@ -244,5 +250,6 @@ mod tests {
         assert!(refused("QuotaExceeded.Eni").changed_nothing());
         assert!(!refused("InternalError").changed_nothing());
         assert!(refused("InvalidEniId.NotFound").is_not_found());
+        assert!(refused("AccountFlowLimitExceeded").is_throttled() && !refused("QuotaExceeded.Eni").is_throttled());
     }
 }

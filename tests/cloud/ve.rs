@@ -47,6 +47,8 @@ pub struct Ve {
     pub enis_per_instance: usize,
     /// How many secondary addresses an attached interface may have.
     pub addresses_per_eni: usize,
+    /// Calls from now on that are refused because there are too many.
+    pub throttled: usize,
     /// Things on a page, at most.
     pub page: usize,
     made: usize,
@@ -70,6 +72,7 @@ impl Default for Ve {
             enis: vec![primary],
             enis_per_instance: 8,
             addresses_per_eni: 20,
+            throttled: 0,
             page: 100,
             made: 0,
         }
@@ -138,6 +141,10 @@ impl Ve {
             let text = "credentials not configured, please run 've login' or 've configure set', or set \
                         VOLCENGINE_ACCESS_KEY and VOLCENGINE_SECRET_KEY environment variables";
             return Answer { code: 1, stderr: format!("Error: {text} (got {env})"), stdout: String::new() };
+        }
+        if self.throttled > 0 {
+            self.throttled -= 1;
+            return error(args, "AccountFlowLimitExceeded", "The request was denied due to request throttling");
         }
         let action = args.get(1).map(String::as_str).unwrap_or_default();
         let result = match action {
