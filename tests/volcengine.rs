@@ -139,6 +139,19 @@ fn lists_are_read_to_their_last_page_however_small_the_pages_are() {
 }
 
 #[test]
+fn answers_without_statuses_and_counts_will_do() {
+    let node = CloudNode::volcengine();
+    node.world().ve.sparse = true;
+    node.init("").succeeded();
+    node.assert_seven_enis();
+    node.world().faults.reset();
+    node.init("").succeeded();
+    assert_eq!(node.world().faults.changes(), Vec::<String>::new());
+    node.cocoon("teardown").succeeded();
+    node.assert_no_enis();
+}
+
+#[test]
 fn enis_of_others_are_neither_taken_nor_removed() {
     let node = CloudNode::volcengine();
     let theirs = {
@@ -229,6 +242,18 @@ fn a_subnet_without_enough_addresses_is_refused_before_anything_is_made() {
     let output = node.cocoon("init --platform volcengine --node-name n1 --subnet 172.20.100.0/25").exited(1);
     assert!(output.stderr.contains("has 125 free addresses and 147 more are needed"), "{output}");
     assert_eq!(node.world().faults.changes(), Vec::<String>::new());
+}
+
+#[test]
+fn addresses_that_run_out_halfway_are_named_and_all_is_given_back() {
+    let node = CloudNode::volcengine();
+    node.world().ve.sparse = true;
+    let output = node.cocoon("init --platform volcengine --node-name n1 --subnet 172.20.100.0/25").exited(1);
+    for words in ["AssignPrivateIpAddresses", "InsufficientIpInSubnet", "7 attached, 5 with all their addresses"] {
+        assert!(output.stderr.contains(words), "{words}: {output}");
+    }
+    node.cocoon("teardown").succeeded();
+    node.assert_no_enis();
 }
 
 #[test]

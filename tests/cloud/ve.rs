@@ -49,6 +49,8 @@ pub struct Ve {
     pub addresses_per_eni: usize,
     /// Calls from now on that are refused because there are too many.
     pub throttled: usize,
+    /// Leave out of answers what an API of another version may not have.
+    pub sparse: bool,
     /// Things on a page, at most.
     pub page: usize,
     made: usize,
@@ -73,6 +75,7 @@ impl Default for Ve {
             enis_per_instance: 8,
             addresses_per_eni: 20,
             throttled: 0,
+            sparse: false,
             page: 100,
             made: 0,
         }
@@ -166,6 +169,7 @@ impl Ve {
             _ => Err(("InvalidActionOrVersion", "The specified action is not found")),
         };
         match result {
+            Ok(result) if self.sparse => wrap(args, thinned(result)),
             Ok(result) => wrap(args, result),
             Err((code, message)) => error(args, code, message),
         }
@@ -347,6 +351,17 @@ const INVALID_STATUS: Failure = (
     "InvalidEni.InvalidStatus",
     "The specified elastic network interface is not in the correct status for the request.",
 );
+
+fn thinned(value: Value) -> Value {
+    let kept = |key: &str| !["Status", "ServiceManaged", "TotalCount", "AvailableIpAddressCount"].contains(&key);
+    match value {
+        Value::Object(map) => {
+            map.into_iter().filter(|(key, _)| kept(key)).map(|(key, value)| (key, thinned(value))).collect()
+        }
+        Value::Array(items) => items.into_iter().map(thinned).collect(),
+        other => other,
+    }
+}
 
 fn wrap(args: &[String], result: Value) -> Answer {
     let metadata = json!({"RequestId": "20260101120000000", "Action": args.get(1), "Version": "2020-04-01",
