@@ -70,6 +70,17 @@ fn slow_answers_are_waited_for() {
 }
 
 #[test]
+fn a_cloud_that_is_called_too_often_is_called_again_after_a_while() {
+    let node = CloudNode::volcengine();
+    node.world().ve.throttled = 3;
+    node.init("").succeeded();
+    node.assert_seven_enis();
+    node.world().ve.throttled = usize::MAX;
+    let output = node.init_within("0.5").exited(1);
+    assert!(output.stderr.contains("AccountFlowLimitExceeded"), "{output}");
+}
+
+#[test]
 fn progress_is_on_stderr_a_line_for_each_step() {
     let node = CloudNode::volcengine();
     let output = node.init("").succeeded();
@@ -118,6 +129,19 @@ fn the_subnet_stays_and_is_used_again() {
 fn lists_are_read_to_their_last_page_however_small_the_pages_are() {
     let node = CloudNode::volcengine();
     node.world().ve.page = 3;
+    node.init("").succeeded();
+    node.assert_seven_enis();
+    node.world().faults.reset();
+    node.init("").succeeded();
+    assert_eq!(node.world().faults.changes(), Vec::<String>::new());
+    node.cocoon("teardown").succeeded();
+    node.assert_no_enis();
+}
+
+#[test]
+fn answers_without_statuses_and_counts_will_do() {
+    let node = CloudNode::volcengine();
+    node.world().ve.sparse = true;
     node.init("").succeeded();
     node.assert_seven_enis();
     node.world().faults.reset();
@@ -218,6 +242,18 @@ fn a_subnet_without_enough_addresses_is_refused_before_anything_is_made() {
     let output = node.cocoon("init --platform volcengine --node-name n1 --subnet 172.20.100.0/25").exited(1);
     assert!(output.stderr.contains("has 125 free addresses and 147 more are needed"), "{output}");
     assert_eq!(node.world().faults.changes(), Vec::<String>::new());
+}
+
+#[test]
+fn addresses_that_run_out_halfway_are_named_and_all_is_given_back() {
+    let node = CloudNode::volcengine();
+    node.world().ve.sparse = true;
+    let output = node.cocoon("init --platform volcengine --node-name n1 --subnet 172.20.100.0/25").exited(1);
+    for words in ["AssignPrivateIpAddresses", "InsufficientIpInSubnet", "7 attached, 5 with all their addresses"] {
+        assert!(output.stderr.contains(words), "{words}: {output}");
+    }
+    node.cocoon("teardown").succeeded();
+    node.assert_no_enis();
 }
 
 #[test]
@@ -378,4 +414,19 @@ fn two_inits_at_once_make_seven_enis() {
     node.assert_seven_enis();
     node.cocoon("teardown").succeeded();
     node.assert_no_enis();
+}
+
+#[test]
+fn init_over_a_working_node_keeps_its_leases() {
+    let node = CloudNode::volcengine();
+    node.init("").succeeded();
+    let mut daemon = node.daemon("--metrics-addr=");
+    let vm = node.vm_builder("a").unconfigured().build();
+    let address = cloud::lease(&vm);
+    node.init("").succeeded();
+    node.world().faults.on("DescribeNetworkInterfaces", How::Refused);
+    node.init("").exited(1);
+    assert_eq!(cloud::lease(&vm), address);
+    assert!(daemon.is_running());
+    assert_eq!(node.listed("ips"), 140);
 }

@@ -4,7 +4,9 @@
 //! has a deadline, and its process group ends with it (see [`crate::command`]). Which calls there are is decided
 //! elsewhere, by pure functions that return the arguments.
 
+use std::collections::HashSet;
 use std::process::ExitStatus;
+use std::sync::{Arc, Mutex};
 
 use serde::de::DeserializeOwned;
 
@@ -20,6 +22,8 @@ pub struct Cli {
     program: &'static str,
     env: Vec<(String, String)>,
     limits: Limits,
+    /// What it has said on stderr before: a hint that comes with each call is logged once.
+    heard: Arc<Mutex<HashSet<String>>>,
 }
 
 /// The arguments of one call.
@@ -86,6 +90,12 @@ impl CallError {
         }
     }
 
+    /// Whether the cloud refused it for no other reason than that too many calls are made (`AccountFlowLimitExceeded`).
+    #[must_use]
+    pub fn is_throttled(&self) -> bool {
+        matches!(self, Self::Refused { code, .. } if code.ends_with("FlowLimitExceeded"))
+    }
+
     /// Whether the call is known to have changed nothing: the cloud refused it, or the CLI was never started. After a
     /// timeout, a crash or an internal error of the cloud it may have been done all the same.
     #[must_use]
@@ -102,7 +112,7 @@ impl Cli {
     /// A runner for one program, found on `PATH`.
     #[must_use]
     pub fn new(program: &'static str, env: Vec<(String, String)>, limits: Limits) -> Self {
-        Self { program, env, limits }
+        Self { program, env, limits, heard: Arc::default() }
     }
 
     /// The command line of a call, as an operator would type it.
@@ -121,7 +131,8 @@ impl Cli {
             command = command.env(key, value);
         }
         let output = command.output().await?;
-        if !output.stderr.is_empty() {
+        let new = |text: &str| self.heard.lock().is_ok_and(|mut heard| heard.insert(text.to_owned()));
+        if !output.stderr.is_empty() && new(&output.stderr) {
             tracing::info!(call = %self.line(args), stderr = %output.stderr, "the vendor's CLI had something to say");
         }
         Ok(output)
@@ -239,5 +250,6 @@ mod tests {
         assert!(refused("QuotaExceeded.Eni").changed_nothing());
         assert!(!refused("InternalError").changed_nothing());
         assert!(refused("InvalidEniId.NotFound").is_not_found());
+        assert!(refused("AccountFlowLimitExceeded").is_throttled() && !refused("QuotaExceeded.Eni").is_throttled());
     }
 }

@@ -32,7 +32,7 @@ pub use gcloud::{Alias, Gcloud, OTHERS, OURS, with_ours, without_ours};
 pub use metadata::Server;
 pub use ve::{INSTANCE, Ve};
 
-use crate::support::{IntoArgs, Node, Output, Process, SUBNET};
+use crate::support::{IntoArgs, Node, Output, Process, SUBNET, Vm};
 
 /// Where the state is, unless a test says otherwise.
 pub const POOL: &str = "/var/lib/cocoon/net/pool.json";
@@ -382,6 +382,16 @@ fn answer(mut stream: TcpStream, shared: &(Mutex<World>, Condvar)) {
     drop(world);
     let _ = stream.write_all(format!("{}\n{}\n{}", done.code, done.stderr, done.stdout).as_bytes());
     let _ = stream.shutdown(Shutdown::Both);
+}
+
+/// The address that a VM is given when it asks the node's daemon for one.
+#[track_caller]
+pub fn lease(vm: &Vm) -> String {
+    let output = vm.run("udhcpc -i eth0 -f -q -n -t 10 -T 1 -s /bin/true").succeeded();
+    let said = output.stdout.clone() + &output.stderr;
+    let words: Vec<&str> = said.split_whitespace().collect();
+    let at = words.windows(2).position(|pair| pair == ["lease", "of"]);
+    at.and_then(|at| words.get(at + 2)).map(ToString::to_string).unwrap_or_else(|| panic!("no lease: {output}"))
 }
 
 /// The value after a flag.

@@ -47,6 +47,10 @@ pub struct Ve {
     pub enis_per_instance: usize,
     /// How many secondary addresses an attached interface may have.
     pub addresses_per_eni: usize,
+    /// Calls from now on that are refused because there are too many.
+    pub throttled: usize,
+    /// Leave out of answers what an API of another version may not have.
+    pub sparse: bool,
     /// Things on a page, at most.
     pub page: usize,
     made: usize,
@@ -70,6 +74,8 @@ impl Default for Ve {
             enis: vec![primary],
             enis_per_instance: 8,
             addresses_per_eni: 20,
+            throttled: 0,
+            sparse: false,
             page: 100,
             made: 0,
         }
@@ -139,6 +145,10 @@ impl Ve {
                         VOLCENGINE_ACCESS_KEY and VOLCENGINE_SECRET_KEY environment variables";
             return Answer { code: 1, stderr: format!("Error: {text} (got {env})"), stdout: String::new() };
         }
+        if self.throttled > 0 {
+            self.throttled -= 1;
+            return error(args, "AccountFlowLimitExceeded", "The request was denied due to request throttling");
+        }
         let action = args.get(1).map(String::as_str).unwrap_or_default();
         let result = match action {
             "DescribeSecurityGroups" => self.list(args, "SecurityGroups", self.security_groups(args)),
@@ -159,6 +169,7 @@ impl Ve {
             _ => Err(("InvalidActionOrVersion", "The specified action is not found")),
         };
         match result {
+            Ok(result) if self.sparse => wrap(args, thinned(result)),
             Ok(result) => wrap(args, result),
             Err((code, message)) => error(args, code, message),
         }
@@ -340,6 +351,17 @@ const INVALID_STATUS: Failure = (
     "InvalidEni.InvalidStatus",
     "The specified elastic network interface is not in the correct status for the request.",
 );
+
+fn thinned(value: Value) -> Value {
+    let kept = |key: &str| !["Status", "ServiceManaged", "TotalCount", "AvailableIpAddressCount"].contains(&key);
+    match value {
+        Value::Object(map) => {
+            map.into_iter().filter(|(key, _)| kept(key)).map(|(key, value)| (key, thinned(value))).collect()
+        }
+        Value::Array(items) => items.into_iter().map(thinned).collect(),
+        other => other,
+    }
+}
 
 fn wrap(args: &[String], result: Value) -> Answer {
     let metadata = json!({"RequestId": "20260101120000000", "Action": args.get(1), "Version": "2020-04-01",

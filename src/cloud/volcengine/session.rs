@@ -79,10 +79,28 @@ impl<'a> Session<'a> {
         self.call::<serde_json::Value>(call).await.map(drop)
     }
 
+    /// A call that is refused because too many are made, by many nodes at once say, is made again after a while.
     async fn call_with<T>(
         &self,
         call: &[String],
-        read: impl FnOnce(Envelope) -> Result<T, serde_json::Error>,
+        read: impl Fn(Envelope) -> Result<T, serde_json::Error>,
+    ) -> Result<T, CallError> {
+        let mut answer = self.call_once(call, &read).await;
+        let mut first = true;
+        wait_for(self.limits.visible, async || {
+            if !std::mem::take(&mut first) {
+                answer = self.call_once(call, &read).await;
+            }
+            Ok::<_, CallError>((!answer.as_ref().is_err_and(CallError::is_throttled)).then_some(()))
+        })
+        .await?;
+        answer
+    }
+
+    async fn call_once<T>(
+        &self,
+        call: &[String],
+        read: impl Fn(Envelope) -> Result<T, serde_json::Error>,
     ) -> Result<T, CallError> {
         let output = self.ve.output(call).await?;
         let envelope = serde_json::from_slice::<Envelope>(&output.stdout);
