@@ -64,7 +64,9 @@ fn main() -> ExitCode {
 
     println!("Trying what the VMs reach on a bridge made by hand, without cocoon-net ...");
     node.bridge("172.20.100.1/24");
-    let before = findings(&node);
+    let vms = plug_in(&node);
+    let before = findings(&node, &vms);
+    vms.into_iter().for_each(Vm::unplug);
     node.ip(&["link del cni0"]);
     node.set_sysctl("net/ipv4/ip_forward", "0");
     node.assert_back_to(&untouched);
@@ -72,11 +74,13 @@ fn main() -> ExitCode {
     show(&node.cocoon(INIT).succeeded());
     let daemon = node.daemon("");
     println!("\n$ cocoon-net daemon &\nready\n\nTrying again ...");
-    let after = findings(&node);
+    let vms = plug_in(&node);
+    let after = findings(&node, &vms);
     let promised = print_table(&before, &after);
 
     show(&node.cocoon("check").succeeded());
     show(&node.cocoon("status").succeeded());
+    vms.into_iter().for_each(Vm::unplug);
     show(&node.cocoon("teardown").succeeded());
     drop(daemon);
     let clean = print_leftovers(&node, &untouched);
@@ -85,18 +89,22 @@ fn main() -> ExitCode {
     if promised && clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Plugs two VMs into `cni0`, lets both try every row at once, and unplugs them.
-fn findings(node: &Node) -> Findings {
-    let (a, b) = (
-        node.vm_builder("a").address("172.20.100.11/24").build(),
-        node.vm_builder("b").address("172.20.100.12/24").build(),
-    );
-    for vm in [&a, &b] {
+/// Plugs two VMs into `cni0`, each with a second address that its neighbour looks for behind the gateway.
+fn plug_in(node: &Node) -> [Vm; 2] {
+    let vms = [("a", "172.20.100.11/24"), ("b", "172.20.100.12/24")]
+        .map(|(name, address)| node.vm_builder(name).address(address).build());
+    let [a, b] = &vms;
+    for (vm, other) in [(a, b), (b, a)] {
         vm.ok(format!("ip address add {}/32 dev eth0", detour(vm)));
-    }
-    for (vm, other) in [(&a, &b), (&b, &a)] {
         vm.ok(format!("ip route add {} via {GATEWAY}", detour(other)));
     }
+    // The daemon isolates a new port within two seconds; the bridge made by hand gets them too.
+    sleep(Duration::from_secs(2));
+    vms
+}
+
+/// Lets both VMs try every row at once.
+fn findings(node: &Node, [a, b]: &[Vm; 2]) -> Findings {
     let internet = node.internet();
     let _servers = [
         internet.echo(&format!("{INTERNET}:80")),
@@ -105,18 +113,11 @@ fn findings(node: &Node) -> Findings {
         a.echo("0.0.0.0:80"),
         b.echo("0.0.0.0:80"),
     ];
-    // The daemon isolates a new port within two seconds; the bridge made by hand gets them too.
-    sleep(Duration::from_secs(2));
-    let found = scope(|scope| {
-        let tries: Vec<_> = ROWS
-            .iter()
-            .map(|row| [(&a, &b), (&b, &a)].map(|(vm, other)| scope.spawn(|| (row.works)(vm, other))))
-            .collect();
+    scope(|scope| {
+        let tries: Vec<_> =
+            ROWS.iter().map(|row| [(a, b), (b, a)].map(|(vm, other)| scope.spawn(|| (row.works)(vm, other)))).collect();
         tries.into_iter().map(|both| both.map(|tried| tried.join().unwrap_or(false))).collect()
-    });
-    a.unplug();
-    b.unplug();
-    found
+    })
 }
 
 /// Prints the table, and says whether every VM reached everything before, and afterwards what is promised and no more.
@@ -137,16 +138,16 @@ fn print_table(before: &Findings, after: &Findings) -> bool {
 
 /// Compares the node with what it was, and says whether it is the same.
 fn print_leftovers(node: &Node, untouched: &Snapshot) -> bool {
-    // Forwarding and source checks stay as a running host may need them by now; nothing filters less for it.
     let tidy = |snapshot: Snapshot| snapshot.without(&["sysctls"]).without_empty_tables().without_folders();
     let before = tidy(untouched.clone());
     let mut left = String::new();
     for _ in 0..20 {
         left = before.diff(&tidy(node.snapshot()));
         if left.is_empty() {
-            println!(
-                "\nThe node is as it was: rules of both iptables backends, ipsets, links, addresses, routes, files."
-            );
+            println!("\nThe node is as it was: rules of both backends, ipsets, links, addresses, routes, files.");
+            println!("Kernel parameters stay, since others may have come to rely on them:");
+            let parameters = |snapshot: &Snapshot| snapshot.only(&["sysctls"]);
+            print!("{}", parameters(untouched).diff(&parameters(&node.snapshot())));
             return true;
         }
         sleep(Duration::from_millis(100));

@@ -86,6 +86,9 @@ fn status_begins_with_the_go_programs_lines() {
 #[test]
 fn adopt_writes_the_state_the_go_program_wrote() {
     let node = volcengine().build();
+    for folder in ["/var/lib/cocoon/net", "/etc/cni/net.d"] {
+        node.mkdir(folder);
+    }
     let output = node.cocoon(
         "adopt --platform volcengine --node-name cocoon-pool --subnet 172.20.100.0/24 --pool-size 8 --manage-iptables \
          --drop-internal-access --drop-cidr 10.1.2.3/8 --drop-cidr 192.0.2.7/32",

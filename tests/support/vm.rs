@@ -107,8 +107,8 @@ impl<'n> VmBuilder<'n> {
         if let Some(bridge) = self.bridge {
             let plug = format!("link set {port} master {bridge} up");
             self.node.ip(&[&plug]);
+            host.wait_for_carrier("eth0");
         }
-        host.wait_for_carrier("eth0");
         let address = self.address.and_then(|address| Some(address.split_once('/')?.0.to_owned()));
         Vm { host, port, mac: self.mac, address }
     }
