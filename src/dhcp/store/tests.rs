@@ -51,7 +51,12 @@ impl Bench {
         let found = (loaded.leases.clone(), loaded.lost);
         let (report, outcomes) = channel();
         self.outcomes = outcomes;
-        self.store = Some(Store::start(loaded, move |outcome| drop(report.send(outcome))).unwrap());
+        self.store = Some(
+            Store::start(loaded, move |outcome| {
+                let _ = report.send(outcome);
+            })
+            .unwrap(),
+        );
         found
     }
 
