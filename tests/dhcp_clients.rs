@@ -129,7 +129,11 @@ fn dhcpcd_binds_and_releases() {
     assert_eq!(routes(&node), [ip(2)]);
     // It drops the address right behind the RELEASE, which is lost if the gateway has to be found by ARP first.
     assert!(vm.reaches(support::GATEWAY));
+    let settled = client.wait_until(Duration::from_secs(10), |client| client.stderr().contains("spawned listener"));
+    assert!(settled, "{}", client.stderr());
     client.signal(Signal::SIGALRM);
+    let released = client.wait_until(Duration::from_secs(10), |client| client.stderr().contains("releasing lease"));
+    assert!(released, "{}", client.stderr());
     eventually("it has given it back", || routes(&node).is_empty());
 }
 
