@@ -278,9 +278,9 @@ impl Pool {
         }
     }
 
-    /// Notes that there is reason to think that someone uses a free address.
+    /// Notes that there is reason to think that someone uses an address, or will when its lease has run out.
     pub fn doubt(&mut self, ip: Ipv4Addr) {
-        if let Some(entry) = self.entries.get(&ip).copied().filter(|entry| entry.state == State::Free) {
+        if let Some(entry) = self.entries.get(&ip).copied() {
             self.put(ip, Entry { doubtful: true, ..entry });
         }
     }

@@ -185,6 +185,8 @@ impl Engine {
             match Duration::try_from(expiry.duration_since(now.wall)) {
                 Ok(left) if !left.is_zero() => {
                     self.pool.bind(ip, mac, None, now.monotonic.saturating_add(left.min(longest)), true);
+                    // It may last longer than was written down: renewals go on while the disk is full.
+                    self.pool.doubt(ip);
                 }
                 _ => self.pool.remember(ip, mac),
             }
