@@ -37,10 +37,10 @@ const RETRIES: [Duration; 4] =
     [Duration::from_millis(50), Duration::from_millis(200), Duration::from_millis(500), Duration::from_secs(1)];
 
 /// Repairs, and tries at them, no further apart than this belong to one contest.
-const CONTEST_QUIET: Duration = Duration::from_secs(10);
+const CONTEST_QUIET: Duration = Duration::from_millis(2500);
 
 /// From this many repairs on, a contest is a siege.
-const SIEGE: u32 = 3;
+const SIEGE: u32 = 4;
 
 /// Interval of the looks in quiet times and in a siege.
 const LOOK: Duration = Duration::from_millis(300);
