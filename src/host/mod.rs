@@ -4,6 +4,7 @@
 //! through it, and it ends only when a fresh look finds nothing left to do.
 
 mod apply;
+pub mod backstop;
 pub mod cni;
 pub mod desired;
 pub mod drops;

@@ -229,6 +229,9 @@ impl Watch {
 
     /// Watches this ipset from now on, or none.
     pub fn watch_set(&mut self, set: Option<&str>) {
+        if self.set.as_ref().map(|watched| watched.name.as_str()) == set {
+            return;
+        }
         self.set = set.map(|name| WatchedSet { name: name.to_owned(), digest: None, read: None });
     }
 
@@ -262,6 +265,12 @@ impl Watch {
         if let Rules::Legacy(legacy) = &mut self.rules {
             legacy.tables.judge(outcome, self.started);
         }
+    }
+
+    /// Whether repairs are being undone again and again: [`Wake::besieged`], as of now.
+    #[must_use]
+    pub fn besieged(&self) -> bool {
+        self.pacer.besieged(Instant::now())
     }
 
     /// Waits for one thing to happen, at most until `until`. Once something is reported, the sockets are left alone
@@ -363,8 +372,9 @@ impl Legacy {
         Ok(Self { save, lock: LockFile::open()?, tables: Baseline::unknown(), look: None, next_look: now })
     }
 
-    /// Starts looking at the saved tables when it is time to, or `soon`.
+    /// Starts looking at the saved tables when it is time to; or `soon`, unless the lock file tells.
     fn start_look(&mut self, now: Instant, soon: bool) {
+        let soon = soon && !self.lock.is_attached();
         if self.look.is_none() && (soon || now >= self.next_look) {
             self.lock.attach();
             let tables = Box::pin(look::saved_tables(self.save.clone()));

@@ -36,15 +36,15 @@ const FOLLOW_UPS: [Duration; 4] =
 const RETRIES: [Duration; 4] =
     [Duration::from_millis(50), Duration::from_millis(200), Duration::from_millis(500), Duration::from_secs(1)];
 
-/// Repairs no further apart than this belong to one contest.
-const CONTEST_QUIET: Duration = Duration::from_secs(10);
+/// Repairs, and tries at them, no further apart than this belong to one contest.
+const CONTEST_QUIET: Duration = Duration::from_millis(2500);
 
 /// From this many repairs on, a contest is a siege.
-const SIEGE: u32 = 3;
+const SIEGE: u32 = 4;
 
 /// Interval of the looks in quiet times and in a siege.
 const LOOK: Duration = Duration::from_millis(300);
-const SIEGE_LOOK: Duration = Duration::from_millis(30);
+const SIEGE_LOOK: Duration = Duration::from_millis(50);
 
 /// What a pass came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +156,7 @@ impl Pacer {
         self.ended = Some((now, cost));
         self.budget.spend(now, cost);
         self.follow_up = self.schedule(now, outcome);
-        if outcome == Outcome::Repaired {
+        if outcome != Outcome::Clean {
             let repairs = self.contest(now) + 1;
             self.contest = Some((repairs, now));
         }
