@@ -13,6 +13,7 @@ use tokio::sync::watch::Sender;
 
 use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
+use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
 use crate::host::plan::Plan;
 use crate::host::{Host, HostError, Outcome, Target, drops, summary};
@@ -66,6 +67,7 @@ pub struct Listeners {
 #[derive(Debug)]
 pub struct Reconciler {
     host: Host,
+    backstop: Backstop,
     options: Options,
     listeners: Listeners,
     pool: Pool,
@@ -81,9 +83,10 @@ pub struct Reconciler {
 impl Reconciler {
     /// A daemon that has not looked at its node yet: isolation is not verified.
     #[must_use]
-    pub fn new(host: Host, pool: Pool, options: Options, listeners: Listeners) -> Self {
+    pub fn new(host: Host, backstop: Backstop, pool: Pool, options: Options, listeners: Listeners) -> Self {
         Self {
             host,
+            backstop,
             options,
             listeners,
             pool,
@@ -115,6 +118,7 @@ impl Reconciler {
     /// [`PassError`], already counted and logged.
     pub async fn pass(&mut self, wake: Option<&Wake>) -> Result<watch::Outcome, PassError> {
         let begin = Instant::now();
+        self.hold_the_line(wake.is_some_and(|wake| wake.besieged)).await;
         let result = self.try_pass().await;
         self.listeners.metrics.reconcile_took(begin.elapsed());
         match result {
@@ -132,6 +136,17 @@ impl Reconciler {
                 self.unverified(&error).await;
                 Err(error)
             }
+        }
+    }
+
+    /// While something keeps undoing the rules, the drop targets lead nowhere even between two repairs.
+    async fn hold_the_line(&mut self, besieged: bool) {
+        let result = match besieged && self.options.rules == Rules::Manage {
+            true => self.backstop.raise(&self.pool.config.drop_targets()).await,
+            false => self.backstop.lower().await,
+        };
+        if let Err(error) = result {
+            tracing::warn!(error = %chain(&error), besieged, "cannot change the second wall");
         }
     }
 

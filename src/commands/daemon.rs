@@ -13,6 +13,7 @@ use crate::cli::DaemonArgs;
 use crate::config::BRIDGE;
 use crate::dhcp;
 use crate::files::{LockFile, PID_FILE, StateLock};
+use crate::host::backstop::Backstop;
 use crate::host::desired::{self, Rules};
 use crate::host::firewall::{self, Backend};
 use crate::host::{Host, ipset};
@@ -49,7 +50,7 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
         quarantine: args.quarantine,
     };
     let listeners = Listeners { metrics: Arc::clone(&metrics), health, grants };
-    let mut node = Reconciler::new(Host::open()?, pool, options, listeners);
+    let mut node = Reconciler::new(Host::open()?, Backstop::open(BRIDGE)?, pool, options, listeners);
 
     let mut watch = tokio::select! {
         started = configure(&mut node, &args) => started?,

@@ -14,6 +14,7 @@ use std::net::Ipv4Addr;
 use futures_util::TryStreamExt;
 use ipnet::Ipv4Net;
 use nix::errno::Errno;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType};
 use rtnetlink::packet_route::rule::{RuleAction, RuleMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
@@ -38,7 +39,7 @@ impl Backstop {
     /// # Errors
     /// [`LinkError::Open`].
     pub fn open(bridge: &str) -> Result<Self, LinkError> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(LinkError::Open)?;
+        let (connection, handle, _) = rtnetlink::new_connection_with_strict_check().map_err(LinkError::Open)?;
         tokio::spawn(connection);
         Ok(Self { handle, bridge: bridge.to_owned(), up: true })
     }
@@ -91,10 +92,14 @@ impl Backstop {
     }
 
     async fn routes(&self) -> Result<Vec<RouteMessage>, LinkError> {
-        let all = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        let ours = |route: &RouteMessage| route.attributes.contains(&RouteAttribute::Table(TABLE));
-        let all: Vec<RouteMessage> = all.try_collect().await.map_err(failed("list the routes".to_owned()))?;
-        Ok(all.into_iter().filter(ours).collect())
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        message.attributes.push(RouteAttribute::Table(TABLE));
+        match self.handle.route().get(message).execute().try_collect().await {
+            // A table that never held a route is not there.
+            Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(Vec::new()),
+            result => result.map_err(failed(format!("list the routes of table {TABLE}"))),
+        }
     }
 
     async fn remove(&self, routes: impl IntoIterator<Item = RouteMessage>) -> Result<(), LinkError> {

@@ -26,7 +26,7 @@ use observe::{Observed, Scope};
 use plan::{Finding, Plan};
 
 use crate::command;
-use crate::config::NodeConfig;
+use crate::config::{BRIDGE, NodeConfig};
 use crate::files::FileError;
 
 /// How often the host is looked at again when it does not become as planned.
@@ -208,6 +208,7 @@ impl Host {
         let plan = self.plan_to_clear(config).await.map_err(|error| vec![error])?;
         let mut failures = self.apply_all(&plan).await.err().unwrap_or_default();
         failures.extend(ipset::destroy_leftover().await.err().map(HostError::from));
+        failures.extend(lower_backstop().await.err().map(HostError::from));
         for family in [Family::V4, Family::V6] {
             failures.extend(clear_other_backend(family).await.err().map(HostError::from));
             failures.extend(remove_blank_tables(family).await.err().map(HostError::from));
@@ -233,6 +234,11 @@ impl Host {
             *refused = Some(reason);
         }
     }
+}
+
+/// Takes down what a daemon may have left standing in a siege.
+async fn lower_backstop() -> Result<(), links::LinkError> {
+    backstop::Backstop::open(BRIDGE)?.lower().await
 }
 
 /// Removes rules of ours that stand in the backend which plain `iptables` cannot see, and enforces them all the same.
