@@ -89,7 +89,7 @@ fn to_text(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[Dr
         rows.push((if number == 0 { "Drops" } else { "" }, line));
     }
     if config.drops.host {
-        rows.push(("Host access", "new connections from VMs to this node are dropped".to_owned()));
+        rows.push(("Host", "new connections from VMs to this node are dropped".to_owned()));
     }
     let label = |label: &str| if label.is_empty() { String::new() } else { format!("{label}:") };
     rows.iter().map(|(name, value)| format!("{:<12}{value}", label(name))).collect::<Vec<_>>().join("\n")
