@@ -1,5 +1,7 @@
 //! Crashes, full disks, damaged files, a bridge that goes away: what was acknowledged stays.
 
+#![allow(clippy::panic, clippy::unwrap_used)]
+
 mod dhcp_raw;
 mod support;
 
