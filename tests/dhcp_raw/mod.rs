@@ -26,7 +26,7 @@ pub const NONE: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long to listen for one that must not come.
-pub const SILENCE: Duration = Duration::from_millis(700);
+pub const SILENCE: Duration = Duration::from_millis(1500);
 
 static XID: AtomicU32 = AtomicU32::new(1);
 
