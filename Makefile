@@ -14,14 +14,14 @@ export DEBIAN_FRONTEND = noninteractive
 # What the tests and the demo run, as PROGRAM:APT-PACKAGE.
 TOOLS = cc:build-essential ip:iproute2 iptables:iptables xtables-legacy-multi:iptables ipset:ipset nft:nftables \
         modprobe:kmod sysctl:procps setpriv:util-linux ping:iputils-ping strace:strace udhcpc:udhcpc \
-        dhclient:isc-dhcp-client dhcpcd:dhcpcd-base
+        dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin
 
 # Tests wait for the network more than they compute.
 TEST_THREADS ?= $(shell expr $$(nproc) \* 4)
 NEXTEST := $(shell PATH="$(PATH)" cargo nextest --version >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench-drops bench-isolation bench-drift lint fmt install tools root rust
+.PHONY: help build test demo bench-drops bench-isolation bench-drift bench-dhcp lint fmt install tools root rust
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ bench-isolation: root tools rust ## Count packets per second through the node, w
 
 bench-drift: root tools rust ## Measure what it costs to keep isolation true while someone undoes it (root)
 	@$(CARGO) bench --locked --quiet --bench drift
+
+bench-dhcp: TOOLS += dnsmasq:dnsmasq-base kea-dhcp4:kea-dhcp4-server ss:iproute2
+bench-dhcp: root tools rust ## Compare DHCP with dnsmasq and Kea at 256 to 16384 leases (root)
+	@$(CARGO) bench --locked --quiet --bench dhcp
 
 lint: rust ## Check format, lints and documentation
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || rustup component add rustfmt clippy

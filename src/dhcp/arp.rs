@@ -100,10 +100,11 @@ fn probe(from: Mac, ip: Ipv4Addr) -> [u8; FRAME_LEN] {
     frame
 }
 
-/// Who says in an ARP packet, whatever else it is for, to have which address.
+/// Which station says in an ARP packet, whatever else it is for, to have which address. The station is that of the frame:
+/// it is the one whose port of the bridge is known.
 fn sender(frame: &[u8]) -> Option<(Ipv4Addr, Mac)> {
     let packet = frame.get(14..FRAME_LEN).filter(|packet| packet[..6] == KIND)?;
-    let mac = Mac([packet[8], packet[9], packet[10], packet[11], packet[12], packet[13]]);
+    let mac = Mac([frame[6], frame[7], frame[8], frame[9], frame[10], frame[11]]);
     let ip = Ipv4Addr::new(packet[14], packet[15], packet[16], packet[17]);
     (mac.is_station() && !ip.is_unspecified()).then_some((ip, mac))
 }
@@ -119,7 +120,7 @@ mod tests {
         let mut frame = probe(ours, ip);
         assert_eq!(sender(&frame), None);
         frame[21] = 2;
-        frame[22..28].copy_from_slice(&theirs.0);
+        frame[6..12].copy_from_slice(&theirs.0);
         frame[28..32].copy_from_slice(&ip.octets());
         assert_eq!(sender(&frame), Some((ip, theirs)));
         assert_eq!(sender(&frame[..41]), None);

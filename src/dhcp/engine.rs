@@ -258,8 +258,10 @@ impl Engine {
         steps
     }
 
-    /// Someone answered a probe: the address rests, and the client that it was meant for gets another.
-    pub fn in_use(&mut self, ip: Ipv4Addr, by: Mac, now: Now, may_grant: bool) -> Step {
+    /// Someone answered a probe: the address rests, and the client that it was meant for gets another. It counts against
+    /// the port that the answer came in by, and from a port that holds all it may no answer counts: a VM could claim every
+    /// address otherwise.
+    pub fn in_use(&mut self, ip: Ipv4Addr, by: Mac, from: Option<Port>, now: Now, may_grant: bool) -> Step {
         let Some(State::Probing { to, .. }) = self.pool.get(ip).map(|entry| entry.state) else {
             return Step::default();
         };
@@ -268,9 +270,12 @@ impl Engine {
             self.pool.withdraw(to);
             return self.nobody_uses(ip, to, now, may_grant);
         }
+        if self.is_over_limit(from) {
+            return Step::default();
+        }
         tracing::warn!(%ip, mac = %by, "an address that nobody leased is in use; it is left alone for ten minutes");
         self.pool.withdraw(to);
-        self.pool.decline(ip, None, now.monotonic + DECLINE_REST);
+        self.pool.decline(ip, from, now.monotonic + DECLINE_REST);
         match self.waiting.remove(&ip) {
             Some(Waiting { request, port }) if request.kind == Kind::Discover => {
                 self.allocate(&request, port, now, may_grant)

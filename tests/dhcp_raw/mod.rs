@@ -3,6 +3,7 @@
 // Every test file is a crate of its own and uses the part it needs.
 #![allow(dead_code, clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::AsRawFd;
@@ -25,7 +26,7 @@ pub const NONE: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long to listen for one that must not come.
-pub const SILENCE: Duration = Duration::from_millis(700);
+pub const SILENCE: Duration = Duration::from_millis(1500);
 
 static XID: AtomicU32 = AtomicU32::new(1);
 
@@ -131,6 +132,28 @@ impl Raw {
     /// The address that a client is offered.
     pub fn offer_for(&self, chaddr: [u8; 6], within: Duration) -> Option<Ipv4Addr> {
         self.ask(&discover(chaddr), within).map(|answer| answer.message.yiaddr())
+    }
+
+    /// Asks for so many leases at once and returns those that were acknowledged in time. Nothing is sent twice.
+    pub fn storm(&self, clients: std::ops::RangeInclusive<u16>, within: Duration) -> BTreeMap<u16, Ipv4Addr> {
+        let mut acknowledged = BTreeMap::new();
+        let end = Instant::now() + within;
+        let wanted = clients.clone().count();
+        clients.for_each(|client| self.send(&discover(station(client))));
+        while acknowledged.len() < wanted {
+            let Some(left) = end.checked_duration_since(Instant::now()) else { break };
+            let Some(answer) = self.receive_any(left, |_| true) else { break };
+            let chaddr: [u8; 6] = answer.message.chaddr().try_into().unwrap();
+            match answer.kind() {
+                MessageType::Offer => self.send(&select(chaddr, answer.message.yiaddr())),
+                MessageType::Ack => {
+                    let client = u16::from_be_bytes([chaddr[4], chaddr[5]]);
+                    acknowledged.insert(client, answer.message.yiaddr());
+                }
+                other => panic!("{other:?} for {chaddr:?}"),
+            }
+        }
+        acknowledged
     }
 
     /// DISCOVER, OFFER, REQUEST, ACK.

@@ -127,7 +127,7 @@ impl World {
         // Whoever holds an address answers for it.
         for ip in probes {
             if let Some(holder) = self.holder(ip) {
-                let step = self.engine.in_use(ip, mac(holder), self.now, self.may_grant);
+                let step = self.engine.in_use(ip, mac(holder), None, self.now, self.may_grant);
                 self.run(step);
             }
         }

@@ -246,7 +246,7 @@ impl Engine {
         request.sender == request.chaddr && !request.is_relayed()
     }
 
-    fn is_over_limit(&self, port: Option<Port>) -> bool {
+    pub(super) fn is_over_limit(&self, port: Option<Port>) -> bool {
         let limit = self.settings.port_lease_limit;
         limit > 0 && port.is_some_and(|port| self.pool.count_of(port) >= limit)
     }

@@ -254,10 +254,10 @@ fn an_address_found_in_use_by_a_probe_goes_to_nobody() {
     bench.engine.doubt_all();
     assert_eq!(bench.step(&discover(1)).effects, [Effect::Probe(ip(2))]);
     assert_eq!(bench.step(&discover(1)), Step::default(), "asking again changes nothing");
-    let step = bench.engine.in_use(ip(2), mac(9), bench.now, true);
+    let step = bench.engine.in_use(ip(2), mac(9), None, bench.now, true);
     assert_eq!(step.effects, [Effect::Probe(ip(3))], "the next one is tried");
     // The client itself answering is no objection.
-    let step = bench.engine.in_use(ip(3), mac(1), bench.now, true);
+    let step = bench.engine.in_use(ip(3), mac(1), None, bench.now, true);
     assert_eq!(step.reply.unwrap().answer, Answer::Offer(ip(3)));
     assert_eq!(bench.step(&discover(2)).refusal, Some(Refusal::PoolEmpty));
 }
@@ -384,4 +384,17 @@ fn a_restored_lease_that_runs_out_unrenewed_leaves_its_address_in_doubt() {
     assert_eq!(bench.step(&discover(9)).effects, [Effect::Probe(ip(2))]);
     bench.pass(HOUR);
     assert_eq!(bench.answer(&discover(8)), Some(Answer::Offer(ip(3))));
+}
+
+#[test]
+fn a_port_that_claims_every_address_is_believed_up_to_its_limit() {
+    let mut bench = Bench::with(Settings { port_lease_limit: 1, ..settings() }, 4);
+    bench.engine.doubt_all();
+    let bad = Some(Port(4));
+    assert_eq!(bench.step(&discover(1)).effects, [Effect::Probe(ip(2))]);
+    assert_eq!(bench.engine.in_use(ip(2), mac(9), bad, bench.now, true).effects, [Effect::Probe(ip(3))]);
+    assert_eq!(bench.engine.in_use(ip(3), mac(9), bad, bench.now, true), Step::default());
+    bench.now.monotonic += PROBE_WAIT;
+    let offers = bench.engine.tick(bench.now, true);
+    assert_eq!(offers[0].reply.as_ref().unwrap().answer, Answer::Offer(ip(3)));
 }

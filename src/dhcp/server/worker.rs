@@ -15,14 +15,14 @@ use tokio::sync::watch;
 use super::bridge::{self, Bridge, LinkWatch};
 use super::effects::Waiting;
 use super::{Control, Error, wake};
-use crate::dhcp::Config;
 use crate::dhcp::arp::Prober;
 use crate::dhcp::engine::{Engine, Now, Settings};
 use crate::dhcp::netlink::Netlink;
 use crate::dhcp::reply::Parameters;
 use crate::dhcp::store::{self, Outcome, Store};
 use crate::dhcp::wire::{Kind, Malformed, Request};
-use crate::dhcp::{addresses::Port, frame};
+use crate::dhcp::{Config, Mac};
+use crate::dhcp::{addresses::Port, frame, routes};
 use crate::metrics::Metrics;
 
 /// Requests decided on before their effects are carried out together.
@@ -209,20 +209,21 @@ impl Worker {
 
     /// The port that a request came in by, when that matters.
     fn port_of(&mut self, request: &Request) -> Option<Port> {
-        let bridge = self.bridge.as_ref()?;
-        let matters = self.config.port_lease_limit > 0 && !matches!(request.kind, Kind::Release | Kind::Inform);
-        if !matters {
-            return None;
-        }
-        let port = crate::dhcp::routes::port_of(&mut self.netlink, bridge.link.index, request.sender);
-        // Stations that the bridge does not know share one limit.
-        Some(port.ok().flatten().unwrap_or(Port(0)))
+        if matches!(request.kind, Kind::Release | Kind::Inform) { None } else { self.port_of_station(request.sender) }
+    }
+
+    /// The port of the bridge behind which a station is, when ports have a limit. Stations that the bridge does not know
+    /// share one.
+    fn port_of_station(&mut self, mac: Mac) -> Option<Port> {
+        let bridge = self.bridge.as_ref().filter(|_| self.config.port_lease_limit > 0)?;
+        Some(routes::port_of(&mut self.netlink, bridge.link.index, mac).ok().flatten().unwrap_or(Port(0)))
     }
 
     fn answer_probes(&mut self) -> Result<(), Error> {
         let mut steps = Vec::new();
         while let Ok(Some((ip, by))) = self.prober.answer() {
-            steps.push(self.engine.in_use(ip, by, self.now(), self.may_grant()));
+            let from = self.port_of_station(by);
+            steps.push(self.engine.in_use(ip, by, from, self.now(), self.may_grant()));
         }
         self.carry_out(steps)
     }
