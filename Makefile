@@ -14,7 +14,8 @@ export DEBIAN_FRONTEND = noninteractive
 # What the tests and the demo run, as PROGRAM:APT-PACKAGE.
 TOOLS = cc:build-essential ip:iproute2 iptables:iptables xtables-legacy-multi:iptables ipset:ipset nft:nftables \
         modprobe:kmod sysctl:procps setpriv:util-linux ping:iputils-ping strace:strace udhcpc:udhcpc \
-        dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin
+        dhclient:isc-dhcp-client dhcpcd:dhcpcd-base perfdhcp:kea-admin \
+        /usr/lib/cni/bridge:containernetworking-plugins
 
 # Tests wait for the network more than they compute.
 TEST_THREADS ?= $(shell expr $$(nproc) \* 4)

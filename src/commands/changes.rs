@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::host::plan::{self, Line, Plan, Step};
+use crate::host::plan::Plan;
+use crate::host::step::{self, Line, Step};
 
 /// Everything that a command would change.
 #[derive(Debug, Default)]
@@ -40,7 +41,7 @@ impl Changes {
 
     /// A file that would be replaced or removed.
     pub fn file(&mut self, path: &Path, old: Option<&str>, new: Option<&str>) {
-        self.lines.extend(plan::file_lines(path, old, new));
+        self.lines.extend(step::file_lines(path, old, new));
     }
 
     /// Prints them on stdout.

@@ -7,7 +7,8 @@ use super::desired::drop_rule;
 use super::firewall::{Counters, Rule};
 use super::ipset::{self, SetState};
 use super::observe::Observed;
-use super::plan::{Plan, Step};
+use super::plan::Plan;
+use super::step::Step;
 use crate::config::NodeConfig;
 
 /// A drop target as it stands.

@@ -16,6 +16,7 @@ pub mod observe;
 pub mod plan;
 pub mod probe;
 mod revert;
+pub mod step;
 pub mod sysctl;
 
 use std::sync::Mutex;
@@ -24,6 +25,7 @@ use desired::{Desired, Rules};
 use firewall::{Backend, Family, FirewallError};
 use observe::{Observed, Scope};
 use plan::{Finding, Plan};
+use step::Step;
 
 use crate::command;
 use crate::config::{BRIDGE, NodeConfig};
@@ -222,9 +224,10 @@ impl Host {
     }
 
     fn learn_about_sets(&self, plan: &Plan, error: &firewall::FirewallError) {
-        let uses_set = plan.steps.iter().any(
-            |step| matches!(step, plan::Step::Firewall(_, transaction) if transaction.adds_use_of_set(ipset::SET)),
-        );
+        let uses_set = plan
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::Firewall(_, transaction) if transaction.adds_use_of_set(ipset::SET)));
         let reason = error_chain(error);
         let about_sets = ["`set'", "xt_set", "ipset"].iter().any(|word| reason.contains(word));
         if uses_set
