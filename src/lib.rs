@@ -16,6 +16,7 @@
 //! | [`files`] | durable writes and locks |
 //! | [`host`] | desired, observed, plan, apply; firewall, links, sysctl, CNI; the live probe |
 //! | [`reconcile`] | one pass over the host, and what follows from it: health, grants, counters, quarantine |
+//! | [`systemd`] | what the service manager is told |
 //! | [`watch`] | kernel events and ticks in, "reconcile now" out |
 //! | [`dhcp`] | the lease engine (pure), the lease store (durable), the server (effects) |
 //! | [`cloud`] | the clouds that lend the addresses: GKE, Volcengine, none |
@@ -33,4 +34,5 @@ pub mod host;
 pub mod metrics;
 pub mod pool;
 pub mod reconcile;
+pub mod systemd;
 pub mod watch;

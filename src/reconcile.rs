@@ -19,6 +19,7 @@ use crate::host::plan::Plan;
 use crate::host::{Host, HostError, Outcome, Target, drops, summary};
 use crate::metrics::{Health, Metrics};
 use crate::pool::{Pool, PoolError};
+use crate::systemd;
 use crate::watch::{self, Wake};
 
 /// How long isolation may be wanted and not verified before a quarantine.
@@ -271,8 +272,7 @@ impl Reconciler {
                 Health::Healthy => format!("isolation as pool.json asks: {}", self.wishes()),
                 Health::Unhealthy(why) => format!("isolation NOT verified: {why}"),
             };
-            // Without systemd there is nobody to tell.
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&status)]);
+            systemd::notify(&[sd_notify::NotifyState::Status(&status)]);
         }
     }
 

@@ -5,10 +5,10 @@
 mod support;
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use support::{Backend, INSIDE_TEN, INTERNET, Node, Process, Vm};
+use support::{Backend, GATEWAY, INSIDE_TEN, INTERNET, Node, Process, Vm};
 
 /// The promise, and what the watch is expected to need where events tell.
 const PROMISE: Duration = Duration::from_secs(2);
@@ -301,6 +301,55 @@ fn a_loop_of_flushes_is_withstood_on_legacy() {
 #[test]
 fn a_loop_of_toggles_is_withstood() {
     a_loop_is_withstood(Backend::Nft, "sysctl -qw net.bridge.bridge-nf-call-iptables=0");
+}
+
+/// No pace of repairs keeps up with this; see `host::backstop`.
+fn a_tight_loop_leaks_next_to_nothing(backend: Backend) {
+    let mut kept = Kept::new(backend);
+    let victim = kept.node.internet().enter(|| UdpSocket::bind((INSIDE_TEN, 9)).expect("the port is free"));
+    victim.set_read_timeout(Some(Duration::from_millis(1))).expect("a timeout above zero");
+    let socket = kept.a.enter(|| UdpSocket::bind(("0.0.0.0", 0)).expect("a socket"));
+    let offender = kept.node.spawn(["sh", "-c", "while :; do iptables -F FORWARD; done"]);
+
+    let (begin, mut sent, mut leaked) = (Instant::now(), 0, 0);
+    while begin.elapsed() < Duration::from_secs(8) {
+        let early = begin.elapsed() < Duration::from_secs(2);
+        sent += usize::from(!early && socket.send_to(b"leak", (INSIDE_TEN, 9)).is_ok());
+        leaked += usize::from(victim.recv(&mut [0; 8]).is_ok());
+    }
+    assert!(kept.a.reaches(GATEWAY), "the VM lives");
+    drop(offender);
+    println!("{leaked} of {sent} leaked");
+    assert!(sent > 200 && leaked * 20 < sent, "{leaked} of {sent} leaked");
+
+    kept.becomes_isolated("a tight loop");
+    let lowered =
+        || !kept.node.ok("ip rule").contains("9092") && kept.node.run("ip route show table 9092").stdout.is_empty();
+    assert!(support::eventually(Duration::from_secs(10), lowered), "{}", kept.node.ok("ip rule"));
+    assert!(kept.a.is_cut_off_from(INSIDE_TEN) && kept.a.reaches(INTERNET));
+    kept.comes_to_rest("a tight loop");
+}
+
+#[test]
+fn a_tight_loop_of_flushes_leaks_next_to_nothing_on_nft() {
+    a_tight_loop_leaks_next_to_nothing(Backend::Nft);
+}
+
+#[test]
+fn a_tight_loop_of_flushes_leaks_next_to_nothing_on_legacy() {
+    a_tight_loop_leaks_next_to_nothing(Backend::Legacy);
+}
+
+#[test]
+fn teardown_removes_what_a_daemon_killed_under_siege_has_left() {
+    let kept = Kept::new(Backend::Nft);
+    let offender = kept.node.spawn(["sh", "-c", "while :; do iptables -F FORWARD; done"]);
+    assert!(support::eventually(Duration::from_secs(10), || kept.node.ok("ip rule").contains("9092")));
+    drop(kept.daemon);
+    drop(offender);
+    kept.node.cocoon("teardown").succeeded();
+    assert!(!kept.node.ok("ip rule").contains("9092"));
+    assert!(kept.node.run("ip route show table 9092").stdout.is_empty());
 }
 
 #[test]

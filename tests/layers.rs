@@ -6,7 +6,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Frame, GATEWAY, INTERNET, METADATA, NODE_ADDRESS, Node, Vm};
+use support::{Frame, GATEWAY, Host, INTERNET, METADATA, NODE_ADDRESS, Node, Vm};
 
 const IPV4: u16 = 0x0800;
 
@@ -152,9 +152,8 @@ fn ports_of_the_real_cni_plugin_are_isolated() {
     plugin["name"] = list["name"].clone();
     plugin["cniVersion"] = list["cniVersion"].clone();
 
-    let vms: Vec<Vm> = ["a", "b"].map(|name| node.vm_builder(name).unplugged().unconfigured().build()).into();
+    let vms = ["a", "b"].map(Host::new);
     for (number, vm) in (11..).zip(&vms) {
-        vm.ip(&["link del eth0"]);
         let output = node
             .command("/usr/lib/cni/bridge")
             .env("CNI_COMMAND", "ADD")

@@ -20,6 +20,7 @@ use crate::host::{Host, ipset};
 use crate::metrics::{self, Health, Metrics};
 use crate::pool::{self, Pool};
 use crate::reconcile::{Listeners, Options, Reconciler};
+use crate::systemd::notify;
 use crate::watch::{self, Watch};
 
 use super::privileges;
@@ -164,12 +165,6 @@ async fn feed_watchdog() {
     loop {
         beat.tick().await;
         notify(&[NotifyState::Watchdog]);
-    }
-}
-
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::debug!(%error, "systemd could not be told");
     }
 }
 

@@ -184,12 +184,11 @@ impl Host {
                 Err(error) => return Err(error),
             };
         }
-        match refused {
-            Some(error) => Err(error.into()),
-            None => {
-                let (plan, _) = self.plan(target).await?;
-                Err(HostError::NotConverged(summary(&plan.findings)))
-            }
+        let (plan, after) = self.plan(target).await?;
+        match (first, refused) {
+            (Some((found, before)), _) if plan.is_empty() => Ok(Outcome { found, before, after }),
+            (_, Some(error)) => Err(error.into()),
+            (_, None) => Err(HostError::NotConverged(summary(&plan.findings))),
         }
     }
 

@@ -20,7 +20,7 @@ const BURST: Duration = Duration::from_millis(400);
 
 /// However busy it gets, a wanted pass starts at most this long after the one before it ended (a pass that itself
 /// costs more is waited out once).
-const LATEST: Duration = Duration::from_millis(1500);
+const LATEST: Duration = Duration::from_secs(1);
 
 /// Bounds of the pause between passes that follow each other closely.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
