@@ -53,9 +53,7 @@ pub enum ConfigError {
         subnet: Subnet,
     },
     /// Not a name the kernel gives to an interface.
-    #[error(
-        "`{0}` is not an interface name: 1 to 15 characters, no spaces, `/` or `:`, not starting with `-` or `!`, no `+`"
-    )]
+    #[error("`{0}` is not an interface name: 1 to 15 letters, digits, `-`, `_`, `.` or `@`, not starting with `-`")]
     Interface(String),
     /// The bridge itself named as uplink.
     #[error("`{0}` is the VMs' bridge and cannot be the uplink")]

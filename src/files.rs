@@ -9,6 +9,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::stat::{major, minor};
+
 /// Extended attribute of the folders that we made (`xattr(7)`).
 const MADE_BY_US: &str = "user.cocoon-net.made";
 
@@ -225,21 +227,30 @@ impl Drop for LockFile {
     }
 }
 
-/// Who holds the lock of a file, if anybody does. A file that nobody locks, or none at all, has no holder.
+/// The daemon that a PID file stands for: who holds its lock, or, for a daemon that takes no lock (the Go program's),
+/// the live process of our name that it holds the PID of. Anything else is a stale file.
 ///
 /// # Errors
-/// [`FileError::Io`] when the file is there but cannot be opened.
-pub fn holder(path: &Path) -> Result<Option<Holder>, FileError> {
-    let file = match File::open(path) {
+/// [`FileError::Io`] when the file is there but cannot be read.
+pub fn daemon(pid_file: &Path) -> Result<Option<Holder>, FileError> {
+    let Some(contents) = read_optional(pid_file)? else { return Ok(None) };
+    let written = String::from_utf8_lossy(&contents).trim().parse::<i32>().ok().filter(|pid| *pid > 0);
+    let file = match File::open(pid_file) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(FileError::io("open", path)(error)),
+        Err(error) => return Err(FileError::io("open", pid_file)(error)),
     };
     match file.try_lock_shared() {
-        Ok(()) => Ok(None),
-        Err(TryLockError::WouldBlock) => Ok(Some(holder_of(&file))),
-        Err(TryLockError::Error(error)) => Err(FileError::io("lock", path)(error)),
+        Ok(()) => Ok(written.filter(|pid| is_cocoon_net(*pid)).map(|pid| Holder { pid: Some(pid) })),
+        Err(TryLockError::WouldBlock) => Ok(Some(Holder { pid: holder_of(&file).pid.or(written) })),
+        Err(TryLockError::Error(error)) => Err(FileError::io("lock", pid_file)(error)),
     }
+}
+
+fn is_cocoon_net(pid: i32) -> bool {
+    let own = i32::try_from(std::process::id()) == Ok(pid);
+    // The kernel cuts the name after 15 bytes (`proc_pid_comm(5)`); ours has 10.
+    !own && fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "cocoon-net")
 }
 
 async fn wait_for(file: &File, path: &Path, wait: Duration) -> Result<(), FileError> {
@@ -268,12 +279,13 @@ fn is_still_at(file: &File, path: &Path) -> bool {
 /// Looks the holder up in `/proc/locks` (`proc_locks(5)`): `1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF`.
 fn holder_of(file: &File) -> Holder {
     let pid = file.metadata().ok().and_then(|metadata| {
-        let inode = metadata.ino().to_string();
+        let device = metadata.dev();
+        let place = format!("{:02x}:{:02x}:{}", major(device), minor(device), metadata.ino());
         let locks = fs::read_to_string("/proc/locks").ok()?;
         locks.lines().find_map(|line| {
             let words: Vec<&str> = line.split_whitespace().filter(|word| *word != "->").collect();
-            let (kind, pid, place) = (words.get(1)?, words.get(4)?, words.get(5)?);
-            let ours = *kind == "FLOCK" && !line.contains("->") && place.rsplit(':').next() == Some(inode.as_str());
+            let (kind, pid, locked) = (words.get(1)?, words.get(4)?, words.get(5)?);
+            let ours = *kind == "FLOCK" && !line.contains("->") && *locked == place;
             ours.then(|| pid.parse::<i32>().ok()).flatten().filter(|pid| *pid > 0)
         })
     });
@@ -332,12 +344,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("daemon.pid");
         fs::write(&path, "4711\n").unwrap();
-        assert_eq!(holder(&path).unwrap(), None);
+        assert_eq!(daemon(&path).unwrap(), None);
 
         let mut lock = LockFile::acquire(&path, Duration::ZERO).await.unwrap();
         lock.write("1\n").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "1\n");
-        assert_eq!(holder(&path).unwrap().unwrap().pid, i32::try_from(std::process::id()).ok());
+        assert_eq!(daemon(&path).unwrap().unwrap().pid, i32::try_from(std::process::id()).ok());
         assert!(matches!(LockFile::acquire(&path, Duration::ZERO).await, Err(FileError::Locked { .. })));
         drop(lock);
         assert!(!path.exists());

@@ -7,7 +7,6 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use cocoon_net::cli::{Cli, USAGE_STATUS};
 use cocoon_net::commands::{self, UsageError};
-use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
@@ -26,18 +25,7 @@ fn start(cli: Cli) -> Result<ExitCode> {
     set_up_logging();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
-    runtime.block_on(async {
-        // The daemon takes signals itself, and stops in order.
-        if matches!(cli.command, cocoon_net::cli::Command::Daemon(_)) {
-            return commands::run(cli).await;
-        }
-        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        tokio::select! {
-            result = commands::run(cli) => result,
-            _ = interrupt.recv() => anyhow::bail!("interrupted; run the same command again to carry on"),
-            _ = terminate.recv() => anyhow::bail!("told to stop; run the same command again to carry on"),
-        }
-    })
+    runtime.block_on(commands::run(cli))
 }
 
 fn set_up_logging() {

@@ -60,7 +60,7 @@ pub enum PoolError {
         source: serde_json::Error,
     },
     /// A key is missing or of the wrong type.
-    #[error("{}: key `{key}` {problem}; correct the file, or run `cocoon-net init` again", .path.display())]
+    #[error("{}: key `{key}` {problem}; correct the file, or move it away and run `cocoon-net init` again", .path.display())]
     Shape {
         /// The file.
         path: PathBuf,
@@ -70,7 +70,7 @@ pub enum PoolError {
         problem: &'static str,
     },
     /// The value of a key is not valid.
-    #[error("{}: the value of key `{key}` is not valid; correct the file, or run `cocoon-net init` again", .path.display())]
+    #[error("{}: the value of key `{key}` is not valid; correct the file, or move it away and run `cocoon-net init` again", .path.display())]
     Value {
         /// The file.
         path: PathBuf,

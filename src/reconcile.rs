@@ -77,6 +77,10 @@ pub struct Reconciler {
     started: bool,
     unverified_since: Option<Instant>,
     quarantined: bool,
+    /// Whether it was said that drops are asked for and no rules are written.
+    skipped: bool,
+    /// Whether `pool.json` asks for something else than in the pass before: what is done then is no repair.
+    changed: bool,
     repairs: Repeated,
     troubles: Repeated,
 }
@@ -96,6 +100,8 @@ impl Reconciler {
             started: false,
             unverified_since: None,
             quarantined: false,
+            skipped: false,
+            changed: false,
             repairs: Repeated::default(),
             troubles: Repeated::default(),
         }
@@ -174,8 +180,10 @@ impl Reconciler {
 
     /// Reads `pool.json` again.
     fn follow_pool(&mut self) -> Result<(), PoolError> {
+        self.changed = false;
         let pool = Pool::load(&self.options.state_dir)?;
         if pool.config != self.pool.config {
+            self.changed = true;
             if self.started {
                 tracing::info!("pool.json changed: following it");
             }
@@ -187,7 +195,7 @@ impl Reconciler {
 
     fn say_what_was_done(&mut self, found: &Plan, wake: Option<&Wake>) {
         let what = summary(&found.findings);
-        let Some(wake) = wake else {
+        let Some(wake) = wake.filter(|_| !self.changed) else {
             tracing::info!(found = %what, "configured the host");
             return;
         };
@@ -213,7 +221,7 @@ impl Reconciler {
     fn verified(&mut self) {
         let wanted = self.pool.config.wants_isolation();
         if wanted && self.options.rules == Rules::Leave {
-            if !self.started {
+            if !std::mem::replace(&mut self.skipped, true) {
                 tracing::error!(
                     "pool.json asks for drops, but --skip-iptables writes no rules: isolation is NOT enforced, and no \
                      new lease is granted"
@@ -226,6 +234,7 @@ impl Reconciler {
             tracing::info!("the host is as pool.json asks again");
         }
         self.troubles = Repeated::default();
+        self.skipped = false;
         self.started = true;
         self.publish(true, "");
     }
@@ -233,14 +242,31 @@ impl Reconciler {
     async fn unverified(&mut self, error: &PassError) {
         let why = chain(error);
         if let Some(times) = self.troubles.say(&why) {
-            tracing::error!(error = %why, times, "the host could not be verified");
+            tracing::error!(error = %why, times, "the host is not as pool.json asks");
         }
-        let wanted = self.pool.config.wants_isolation();
-        self.publish(!wanted, &why);
+        if matches!(error, PassError::Pool(_)) {
+            // What it asked for last stands; whether that is what it asks for now nobody knows.
+            return self.publish(false, &why);
+        }
+        if self.isolation_holds().await {
+            self.unverified_since = None;
+            return self.publish(true, "");
+        }
+        self.publish(false, &why);
         let since = *self.unverified_since.get_or_insert_with(Instant::now);
-        if wanted && self.options.quarantine && !self.quarantined && since.elapsed() >= PATIENCE {
+        if self.options.quarantine && !self.quarantined && since.elapsed() >= PATIENCE {
             self.quarantine().await;
         }
+    }
+
+    /// Whether isolation is as asked for, although something else of the host is not.
+    async fn isolation_holds(&self) -> bool {
+        if !self.pool.config.wants_isolation() {
+            return true;
+        }
+        let target = Target { earlier: self.earlier.as_ref(), ..Target::new(&self.pool.config, self.options.rules) };
+        let looked = self.host.plan(target).await;
+        self.options.rules == Rules::Manage && looked.is_ok_and(|(plan, _)| !plan.breaks_isolation())
     }
 
     /// Takes the bridge down, so that no VM sends or receives anything until isolation is verified.

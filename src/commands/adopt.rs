@@ -30,12 +30,11 @@ pub async fn run(args: AdoptArgs) -> Result<()> {
     configure::prepare_state_dir(state_dir)?;
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let earlier = Pool::load_optional(state_dir)?;
-    let before = host.observe(&config, rules).await.inspect_err(|_| files::remove_made_folders(state_dir))?;
-
     let mut pool = adopted(&request, &config, earlier.as_ref());
     let earlier = earlier.as_ref().map(|earlier| &earlier.config);
     if let Err(error) = configure::host_then_state(&host, &mut pool, earlier, rules, state_dir).await {
-        return Err(configure::undone(error, &host, &config, rules, &before, state_dir).await);
+        files::remove_made_folders(state_dir);
+        return Err(error);
     }
     if rules == Rules::Leave && config.wants_isolation() {
         super::print_line(

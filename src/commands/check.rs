@@ -71,7 +71,7 @@ pub async fn run(args: CheckArgs) -> Result<bool> {
     privileges::require("check")?;
     let pool = Pool::load(&args.state.state_dir)?;
     let host = Host::open_to_look()?;
-    let daemon = files::holder(Path::new(PID_FILE))?;
+    let daemon = files::daemon(Path::new(PID_FILE))?;
     let (plan, observed) = host.plan(Target::new(&pool.config, Rules::Manage)).await?;
 
     let mut rows = Rows::default();
@@ -141,6 +141,10 @@ fn rows_of_host(rows: &mut Rows, config: &NodeConfig, plan: &Plan, observed: &Ob
             );
             rows.add(Verdict::Warn, "node address", found);
         }
+    }
+    for (target, rule) in observed.rewritten_targets(config) {
+        let found = format!("nat sends addresses of {target} elsewhere before its drop sees them: {rule}");
+        rows.add(Verdict::Warn, "nat", found);
     }
     if let Some(warning) = observed.set_warning(config) {
         rows.add(Verdict::Warn, "ipset", warning);
@@ -224,7 +228,7 @@ async fn rows_of_cni(rows: &mut Rows, config: &NodeConfig, observed: &Observed, 
 
 fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&Holder>) {
     match daemon {
-        Some(holder) if holder.to_string().contains("--skip-iptables") && pool.config.wants_isolation() => rows.add(
+        Some(holder) if skips_iptables(holder) && pool.config.wants_isolation() => rows.add(
             Verdict::Fail,
             "daemon",
             format!("{holder} writes no rules although drops are asked for; run it without --skip-iptables"),
@@ -235,6 +239,11 @@ fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&Holder>) {
     if pool.ips.is_empty() {
         rows.add(Verdict::Fail, "pool", "empty: an init was not finished; run it again, or teardown");
     }
+}
+
+fn skips_iptables(daemon: &Holder) -> bool {
+    let line = daemon.to_string();
+    line.replace('`', " ").split_whitespace().any(|word| matches!(word, "--skip-iptables" | "--skip-iptables=true"))
 }
 
 async fn prove(pool: &Pool, state_dir: &Path, observed: &Observed, daemon: bool) -> Result<probe::Report> {

@@ -26,8 +26,8 @@ pub fn prepare_state_dir(state_dir: &Path) -> Result<()> {
         .context("the state could not be saved, so nothing was changed")
 }
 
-/// Makes the host right, then saves the state. The host lock keeps a running daemon from comparing a half-changed host
-/// with the old state.
+/// Makes the host right, then saves the state, or leaves both as they were. The host lock keeps a running daemon from
+/// comparing a half-changed host with the old state.
 pub async fn host_then_state(
     host: &Host,
     pool: &mut Pool,
@@ -36,29 +36,33 @@ pub async fn host_then_state(
     state_dir: &Path,
 ) -> Result<()> {
     let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await?;
-    let outcome = host
-        .converge(Target::new(&pool.config, rules).replacing(earlier))
-        .await
-        .context("cannot configure this host")?;
-    pool.save(state_dir)?;
-    warn_about(&pool.config, &outcome.after);
-    Ok(())
+    let config = pool.config.clone();
+    let before = host.observe(&config, rules).await.context("cannot look at this host, so nothing was changed")?;
+    let change = async {
+        let target = Target::new(&config, rules).replacing(earlier);
+        let outcome = host.converge(target).await.context("cannot configure this host")?;
+        pool.save(state_dir)?;
+        Ok(outcome)
+    };
+    match super::unless_interrupted(change).await {
+        Ok(outcome) => {
+            warn_about(&config, &outcome.after);
+            Ok(())
+        }
+        Err(error) => Err(undone(error, host, &config, rules, &before).await),
+    }
 }
 
 /// Takes back what was done to the host, after `error`, and returns that error.
-pub async fn undone(
+async fn undone(
     error: anyhow::Error,
     host: &Host,
     config: &NodeConfig,
     rules: Rules,
     before: &Observed,
-    state_dir: &Path,
 ) -> anyhow::Error {
-    // A daemon that holds it for long is no reason to leave things as they are.
-    let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await;
     let reverted = host.revert(config, rules, before).await;
     files::remove_made_folders(&config.cni_conf_dir);
-    files::remove_made_folders(state_dir);
     match reverted {
         Ok(()) => error,
         Err(failures) => {
@@ -106,6 +110,12 @@ fn warn_about(config: &NodeConfig, observed: &Observed) {
                  reach it (see --drop-host-access)"
             );
         }
+    }
+    for (target, rule) in observed.rewritten_targets(config) {
+        tracing::warn!(
+            %target, %rule,
+            "a nat rule sends addresses of this drop target elsewhere before the drops see them, so VMs reach what is there"
+        );
     }
     if let Some(warning) = observed.set_warning(config) {
         tracing::warn!("{warning}");

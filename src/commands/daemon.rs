@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch::channel;
@@ -12,7 +12,7 @@ use tokio::sync::watch::channel;
 use crate::cli::DaemonArgs;
 use crate::config::BRIDGE;
 use crate::dhcp;
-use crate::files::{LockFile, PID_FILE, StateLock};
+use crate::files::{self, LockFile, PID_FILE, StateLock};
 use crate::host::backstop::Backstop;
 use crate::host::desired::{self, Rules};
 use crate::host::firewall::{self, Backend};
@@ -28,12 +28,18 @@ use super::privileges;
 /// How long a daemon that is started during a `teardown` or `init` waits for its end.
 const STATE_WAIT: Duration = Duration::from_secs(300);
 
+/// Long enough for somebody who only looks whether the PID file is locked.
+const PID_FILE_WAIT: Duration = Duration::from_millis(200);
+
 /// Runs the daemon.
 pub async fn run(args: DaemonArgs) -> Result<()> {
     privileges::require("daemon")?;
     let mut stop = StopSignals::listen()?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-    let mut pid_file = LockFile::acquire(Path::new(PID_FILE), Duration::ZERO)
+    if let Some(other) = files::daemon(Path::new(PID_FILE))? {
+        bail!("a daemon runs on this node already, {other}; stop it first");
+    }
+    let mut pid_file = LockFile::acquire(Path::new(PID_FILE), PID_FILE_WAIT)
         .await
         .context("another daemon may be running on this node")?;
     pid_file.write(&format!("{}\n", std::process::id()))?;

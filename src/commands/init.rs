@@ -34,18 +34,10 @@ pub async fn run(args: NodeArgs) -> Result<()> {
     configure::prepare_state_dir(state_dir)?;
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let earlier = Pool::load_optional(state_dir)?;
-    let before = host.observe(&config, Rules::Manage).await.inspect_err(|_| files::remove_made_folders(state_dir))?;
-
     let mut pool = Pool::following(config.clone(), earlier.as_ref());
-    let result = async {
-        // What would make isolation impossible is found out before the cloud is asked for anything.
-        host.guard(&config, Rules::Manage).await?;
-        claim(&cloud, &mut pool, earlier.as_ref(), &request).await?;
-        let earlier = earlier.as_ref().map(|earlier| &earlier.config);
-        configure::host_then_state(&host, &mut pool, earlier, Rules::Manage, state_dir).await
-    };
-    if let Err(error) = result.await {
-        return Err(configure::undone(error, &host, &config, Rules::Manage, &before, state_dir).await);
+    if let Err(error) = claim_and_configure(&host, &cloud, &mut pool, earlier.as_ref(), &request).await {
+        files::remove_made_folders(state_dir);
+        return Err(error);
     }
     super::print_line(&format!(
         "cocoon-net init complete: {} IPs provisioned on {} ({})",
@@ -53,6 +45,28 @@ pub async fn run(args: NodeArgs) -> Result<()> {
         pool.config.subnet,
         pool.config.platform
     ))
+}
+
+async fn claim_and_configure(
+    host: &Host,
+    cloud: &Cloud,
+    pool: &mut Pool,
+    earlier: Option<&Pool>,
+    request: &Request,
+) -> Result<()> {
+    // What would make isolation impossible is found out before the cloud is asked for anything.
+    host.observe(&pool.config, Rules::Manage).await.context("cannot look at this host, so nothing was changed")?;
+    let toggles = host.guard(&pool.config, Rules::Manage).await?;
+    let config = earlier.map(|earlier| &earlier.config);
+    let result = async {
+        super::unless_interrupted(claim(cloud, pool, earlier, request)).await?;
+        configure::host_then_state(host, pool, config, Rules::Manage, &request.args().state.state_dir).await
+    };
+    let result = result.await;
+    if result.is_err() {
+        toggles.restore().await;
+    }
+    result
 }
 
 /// Claims the addresses. Each step is in `pool.json` before the next, with the configuration of an earlier run until

@@ -12,9 +12,12 @@ mod request;
 mod status;
 mod teardown;
 
+use std::future::Future;
+use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{Cli, Command};
 
@@ -32,19 +35,29 @@ pub async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Init(args) => init::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Adopt(args) => adopt::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Daemon(args) => daemon::run(args).await.map(|()| ExitCode::SUCCESS),
-        Command::Status(args) => status::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Status(args) => unless_interrupted(status::run(args)).await.map(|()| ExitCode::SUCCESS),
         Command::Check(args) => {
-            check::run(args).await.map(|good| if good { ExitCode::SUCCESS } else { ExitCode::from(NOT_AS_WANTED) })
+            let good = unless_interrupted(check::run(args)).await?;
+            Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(NOT_AS_WANTED) })
         }
-        Command::Teardown(args) => teardown::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Teardown(args) => unless_interrupted(teardown::run(args)).await.map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => docs::completions(shell).map(|()| ExitCode::SUCCESS),
         Command::Man { dir } => docs::man_pages(&dir).map(|()| ExitCode::SUCCESS),
     }
 }
 
+/// Runs something that a signal ends as a failure does, so that what it leaves can be undone.
+async fn unless_interrupted<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
+    tokio::select! {
+        result = work => result,
+        _ = interrupt.recv() => bail!("interrupted; run the same command again to carry on"),
+        _ = terminate.recv() => bail!("told to stop; run the same command again to carry on"),
+    }
+}
+
 /// Prints one line of result on stdout.
 fn print_line(line: &str) -> Result<()> {
-    use anyhow::Context;
-    use std::io::Write;
     writeln!(std::io::stdout(), "{line}").context("cannot write to stdout")
 }

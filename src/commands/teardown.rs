@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -63,12 +64,16 @@ pub async fn run(args: TeardownArgs) -> Result<()> {
 async fn stop_daemon() -> Result<()> {
     let deadline = Instant::now() + DAEMON_WAIT;
     let mut told = None;
-    while let Some(holder) = files::holder(Path::new(PID_FILE))? {
+    while let Some(holder) = files::daemon(Path::new(PID_FILE))? {
         if holder.pid != told
             && let Some(pid) = holder.pid
         {
             tracing::info!(pid, "telling the daemon to stop");
-            kill(Pid::from_raw(pid), Signal::SIGTERM).with_context(|| format!("cannot stop the daemon, {holder}"))?;
+            match kill(Pid::from_raw(pid), Signal::SIGTERM) {
+                // It has ended by itself meanwhile.
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot stop the daemon, {holder}")),
+            }
             told = Some(pid);
         }
         if Instant::now() >= deadline {

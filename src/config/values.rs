@@ -85,7 +85,8 @@ impl fmt::Display for DropCidr {
     }
 }
 
-/// An interface name as the kernel accepts it (`dev_valid_name`), less what iptables would read as something else.
+/// An interface name as the kernel accepts it (`dev_valid_name`), less what iptables, or a shell in the cron file, would
+/// read as something else.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InterfaceName(pub(super) String);
 
@@ -101,7 +102,7 @@ impl FromStr for InterfaceName {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let plain = |c: char| c.is_ascii_graphic() && !"/:+\"'\\".contains(c);
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.@".contains(c);
         let valid = (1..=15).contains(&text.len())
             && text.chars().all(plain)
             && !text.starts_with(['-', '!'])

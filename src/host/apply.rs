@@ -58,7 +58,10 @@ impl Host {
             Step::IsolatePort { port, isolated } => self.isolate(port, *isolated).await?,
             Step::Sysctl(settings) => {
                 let settings: Vec<Setting> = settings.iter().map(|(setting, _)| setting.clone()).collect();
-                sysctl::write(&settings).await?;
+                let refused = sysctl::write(&settings).await?;
+                if let Ok(mut given_up) = self.given_up.lock() {
+                    given_up.extend(refused);
+                }
             }
             Step::RemoveLocalRoute { nic, subnet } => self.remove_local_route(nic, *subnet).await?,
             Step::WriteFile { path, new, mode, .. } => {

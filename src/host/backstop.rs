@@ -98,7 +98,14 @@ impl Backstop {
         match self.handle.route().get(message).execute().try_collect().await {
             // A table that never held a route is not there.
             Err(error) if errno(&error) == Some(Errno::ENOENT) => Ok(Vec::new()),
-            result => result.map_err(failed(format!("list the routes of table {TABLE}"))),
+            result => {
+                let mut routes: Vec<RouteMessage> =
+                    result.map_err(failed(format!("list the routes of table {TABLE}")))?;
+                // Whatever else is in that table is somebody else's.
+                let ours = (RouteType::BlackHole, RouteProtocol::Boot);
+                routes.retain(|route| (route.header.kind, route.header.protocol) == ours);
+                Ok(routes)
+            }
         }
     }
 

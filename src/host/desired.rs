@@ -134,9 +134,9 @@ impl Desired {
     /// What is left when the node is given back: nothing of ours. Kernel parameters stay, since others may have come
     /// to rely on them.
     #[must_use]
-    pub fn nothing(config: &NodeConfig) -> Self {
+    pub fn nothing(config: &NodeConfig, rules: Rules) -> Self {
         Self {
-            firewall: Some(Firewall::default()),
+            firewall: (rules == Rules::Manage).then(Firewall::default),
             bridge: Part::Absent,
             retired_addresses: Ipv4Net::new(config.gateway, config.subnet.prefix_len()).into_iter().collect(),
             ports_isolated: Some(false),

@@ -4,10 +4,10 @@ use ipnet::Ipv4Net;
 use serde::Serialize;
 
 use super::desired::drop_rule;
-use super::firewall::{Counters, Rule};
+use super::firewall::{Counters, Family, Rule};
 use super::ipset::{self, SetState};
 use super::observe::Observed;
-use super::plan::Plan;
+use super::plan::{Drift, Plan};
 use super::step::Step;
 use crate::config::NodeConfig;
 
@@ -22,32 +22,39 @@ pub struct DropTarget {
     pub packets: u64,
 }
 
-/// Every drop target of the configuration.
+/// Every drop target of the configuration. `plan` is what would have to be done for them to be enforced.
 #[must_use]
 pub fn read(config: &NodeConfig, observed: &Observed, plan: &Plan) -> Vec<DropTarget> {
-    let bridged = !plan.steps.iter().any(|step| matches!(step, Step::Guard(_)));
-    config
-        .drop_targets()
-        .into_iter()
-        .map(|cidr| {
-            let enforced = bridged && !touched(plan, cidr, observed);
-            DropTarget { cidr, enforced, packets: counted(cidr, observed) }
-        })
-        .collect()
+    let bridged = !plan.kinds().contains(&Drift::BridgeToggle);
+    let targets = config.drop_targets().into_iter();
+    let read = |cidr| {
+        let between_vms = config.drops.internal && cidr == config.subnet.net();
+        let enforced = bridged && !is_touched(plan, cidr) && !(between_vms && leaks_between_vms(plan));
+        DropTarget { cidr, enforced, packets: counted(cidr, observed) }
+    };
+    targets.map(read).collect()
 }
 
-/// Whether the plan has to do anything about what drops this range.
-fn touched(plan: &Plan, cidr: Ipv4Net, observed: &Observed) -> bool {
+/// Whether the plan has to do anything about the rules or the set that drop this range.
+fn is_touched(plan: &Plan, cidr: Ipv4Net) -> bool {
     let rule = Rule::parse(&drop_rule(cidr)).ok();
-    let by_set = in_set(observed);
+    let asked_for = cidr.addr().to_string();
+    let drops_it = |other: &Rule| {
+        Some(other) == rule.as_ref()
+            || other.uses_set(ipset::SET)
+            || other.argument("--ctorigdst") == Some(asked_for.as_str())
+    };
     plan.steps.iter().any(|step| match step {
-        Step::FillSet { .. } => by_set,
-        Step::Firewall(_, transaction) => {
-            let concerned = |change: &Rule| Some(change) == rule.as_ref() || (by_set && change.uses_set(ipset::SET));
-            transaction.changes.iter().any(|change| concerned(&change.rule))
-        }
+        Step::FillSet { .. } => true,
+        Step::Firewall(Family::V4, transaction) => transaction.changes.iter().any(|change| drops_it(&change.rule)),
         _ => false,
     })
+}
+
+/// Whether anything beside the rule of the subnet is missing that keeps VMs from each other.
+fn leaks_between_vms(plan: &Plan) -> bool {
+    let v6 = plan.steps.iter().any(|step| matches!(step, Step::Firewall(Family::V6, _)));
+    v6 || plan.kinds().contains(&Drift::PortIsolation)
 }
 
 fn in_set(observed: &Observed) -> bool {

@@ -72,6 +72,7 @@ pub async fn read() -> Result<SetState, SetError> {
 /// # Errors
 /// [`SetError`]; the old set is then still in place.
 pub async fn fill(ranges: &BTreeSet<Ipv4Net>, old: &SetState) -> Result<(), SetError> {
+    destroy_leftover().await?;
     let restore = Command::new("ipset").arg("restore").stdin(fill_input(ranges, old));
     restore.run().await.map(drop).map_err(|source| SetError::Command { doing: "fill", source })
 }
@@ -112,7 +113,7 @@ pub fn entries(ranges: &BTreeSet<Ipv4Net>) -> BTreeSet<Ipv4Net> {
 fn fill_input(ranges: &BTreeSet<Ipv4Net>, old: &SetState) -> String {
     let room = ranges.len().next_power_of_two().max(DEFAULT_MAX_ENTRIES);
     let shape = format!("hash:net family inet maxelem {room} counters");
-    let mut input = format!("create {NEXT} {shape} -exist\nflush {NEXT}\n");
+    let mut input = format!("create {NEXT} {shape}\n");
     for range in ranges {
         let counters = match old {
             SetState::Present(set) => set.entries.get(range).copied().unwrap_or_default(),

@@ -19,6 +19,7 @@ mod revert;
 pub mod step;
 pub mod sysctl;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use desired::{Desired, Rules};
@@ -72,6 +73,8 @@ pub struct Host {
     pub links: links::Links,
     /// Why iptables would not take a rule over a set, once it would not.
     set_refused: Mutex<Option<String>>,
+    /// Kernel parameters that are not required and would not be set: said once, and not tried again.
+    given_up: Mutex<BTreeSet<String>>,
 }
 
 /// What the host is to be made.
@@ -106,6 +109,24 @@ impl<'a> Target<'a> {
     }
 }
 
+/// Bridge-netfilter toggles as they were before [`Host::guard`].
+#[derive(Debug)]
+pub struct Toggles(BTreeMap<String, String>);
+
+impl Toggles {
+    /// Sets them back.
+    pub async fn restore(&self) {
+        let changed = self.0.iter().filter(|(key, value)| sysctl::read(key).as_ref() != Some(*value));
+        let settings: Vec<_> = changed
+            .map(|(key, value)| sysctl::Setting { key: key.clone(), value: value.clone(), required: false })
+            .collect();
+        if !settings.is_empty() {
+            // What cannot be set back has been warned about.
+            let _ = sysctl::write(&settings).await;
+        }
+    }
+}
+
 /// What converging came to.
 #[derive(Debug, Clone)]
 pub struct Outcome {
@@ -123,7 +144,7 @@ impl Host {
     /// # Errors
     /// [`HostError::Link`] when there is no netlink socket to be had.
     pub fn open() -> Result<Self, HostError> {
-        Ok(Self { links: links::Links::open(true)?, set_refused: Mutex::new(None) })
+        Ok(Self { links: links::Links::open(true)?, set_refused: Mutex::new(None), given_up: Mutex::default() })
     }
 
     /// Opens the host for looking only.
@@ -131,7 +152,7 @@ impl Host {
     /// # Errors
     /// As for [`Host::open`].
     pub fn open_to_look() -> Result<Self, HostError> {
-        Ok(Self { links: links::Links::open(false)?, set_refused: Mutex::new(None) })
+        Ok(Self { links: links::Links::open(false)?, set_refused: Mutex::new(None), given_up: Mutex::default() })
     }
 
     /// Compares the host with what the configuration wants.
@@ -140,7 +161,15 @@ impl Host {
     /// [`HostError`] when the host cannot be read.
     pub async fn plan(&self, target: Target<'_>) -> Result<(Plan, Observed), HostError> {
         let observed = Observed::read(self, target.config, target.rules, Scope::Node).await?;
-        Ok((Plan::new(target.config, &target.desired(&observed), &observed), observed))
+        let mut desired = target.desired(&observed);
+        if let Ok(given_up) = self.given_up.lock() {
+            desired.sysctls.retain(|setting| setting.required || !given_up.contains(&setting.key));
+        }
+        let mut plan = Plan::new(target.config, &desired, &observed);
+        if let Some(earlier) = target.earlier {
+            plan.retire_files(target.config, earlier)?;
+        }
+        Ok((plan, observed))
     }
 
     /// Looks at the host, for [`Host::revert`].
@@ -152,13 +181,20 @@ impl Host {
     }
 
     /// Makes sure that bridged frames pass through iptables, where the configuration depends on it. Nothing else of
-    /// the host is changed.
+    /// the host is changed. Returns the toggles as they were.
     ///
     /// # Errors
-    /// [`HostError::Sysctl`] when that cannot be verified.
-    pub async fn guard(&self, config: &NodeConfig, rules: Rules) -> Result<(), HostError> {
-        let desired = Desired::for_node(config, rules, &Observed::default());
-        Ok(sysctl::guard(&desired.guard).await?)
+    /// [`HostError::Sysctl`] when that cannot be verified; the toggles are then as they were.
+    pub async fn guard(&self, config: &NodeConfig, rules: Rules) -> Result<Toggles, HostError> {
+        let keys = Desired::for_node(config, rules, &Observed::default()).guard;
+        let before = Toggles(sysctl::read_all(keys.iter().copied()));
+        match sysctl::guard(&keys).await {
+            Ok(()) => Ok(before),
+            Err(error) => {
+                before.restore().await;
+                Err(error.into())
+            }
+        }
     }
 
     /// Makes the host be as wanted, and looks again until there is nothing left to do. When the rules
@@ -192,13 +228,19 @@ impl Host {
         }
     }
 
-    /// What [`Host::clear`] would do in the backend that plain `iptables` uses, and to links and files.
+    /// What [`Host::clear`] would do.
     ///
     /// # Errors
     /// [`HostError`] when the host cannot be read.
     pub async fn plan_to_clear(&self, config: &NodeConfig) -> Result<Plan, HostError> {
-        let observed = Observed::read(self, config, Rules::Manage, Scope::Everything).await?;
-        Ok(Plan::new(config, &Desired::nothing(config), &observed))
+        let mut plan = Plan::default();
+        for family in [Family::V4, Family::V6] {
+            let (_, stranded) = stranded_rules(family).await?;
+            plan.steps.extend((!stranded.is_empty()).then_some(Step::Firewall(family, stranded)));
+        }
+        let here = self.plan_to_clear_part(config, Rules::Manage).await?;
+        plan.steps.extend(here.steps);
+        Ok(plan)
     }
 
     /// Removes everything of ours that is left of a node. A part that fails does not stop the others.
@@ -206,15 +248,48 @@ impl Host {
     /// # Errors
     /// All that failed.
     pub async fn clear(&self, config: &NodeConfig) -> Result<(), Vec<HostError>> {
-        let plan = self.plan_to_clear(config).await.map_err(|error| vec![error])?;
-        let mut failures = self.apply_all(&plan).await.err().unwrap_or_default();
-        failures.extend(ipset::destroy_leftover().await.err().map(HostError::from));
-        failures.extend(lower_backstop().await.err().map(HostError::from));
+        let mut failures: Vec<HostError> = Vec::new();
+        // The other backend first: a rule there may hold the set.
         for family in [Family::V4, Family::V6] {
             failures.extend(clear_other_backend(family).await.err().map(HostError::from));
-            failures.extend(remove_blank_tables(family).await.err().map(HostError::from));
+        }
+        match self.plan_to_clear_part(config, Rules::Manage).await {
+            Ok(plan) => failures.extend(self.apply_all(&plan).await.err().unwrap_or_default()),
+            Err(error) => {
+                failures.push(error);
+                failures.extend(self.clear_what_can_be_read(config).await);
+            }
+        }
+        failures.extend(ipset::destroy_leftover().await.err().map(HostError::from));
+        failures.extend(lower_backstop().await.err().map(HostError::from));
+        if command::find("nft").is_some() {
+            for family in [Family::V4, Family::V6] {
+                failures.extend(firewall::remove_blank_nft_tables(family).await.err().map(HostError::from));
+            }
         }
         if failures.is_empty() { Ok(()) } else { Err(failures) }
+    }
+
+    /// Each family's rules by themselves, and all that is not rules.
+    async fn clear_what_can_be_read(&self, config: &NodeConfig) -> Vec<HostError> {
+        let mut failures = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            // One that cannot be read has been reported already.
+            if let Ok(standing) = firewall::read(family, Backend::Host).await {
+                let cleared = firewall::write(family, Backend::Host, &firewall::diff(&[], &standing)).await;
+                failures.extend(cleared.err().map(HostError::from));
+            }
+        }
+        match self.plan_to_clear_part(config, Rules::Leave).await {
+            Ok(plan) => failures.extend(self.apply_all(&plan).await.err().unwrap_or_default()),
+            Err(error) => failures.push(error),
+        }
+        failures
+    }
+
+    async fn plan_to_clear_part(&self, config: &NodeConfig, rules: Rules) -> Result<Plan, HostError> {
+        let observed = Observed::read(self, config, rules, Scope::Everything).await?;
+        Ok(Plan::new(config, &Desired::nothing(config, rules), &observed))
     }
 
     /// Why sets cannot be had, when iptables refused a rule over one.
@@ -245,18 +320,16 @@ async fn lower_backstop() -> Result<(), links::LinkError> {
 
 /// Removes rules of ours that stand in the backend which plain `iptables` cannot see, and enforces them all the same.
 async fn clear_other_backend(family: Family) -> Result<(), FirewallError> {
-    let Some(backend) = firewall::other_backend().await? else { return Ok(()) };
-    let standing = firewall::read(family, backend).await?;
-    firewall::write(family, backend, &firewall::diff(&[], &standing)).await
+    let (backend, stranded) = stranded_rules(family).await?;
+    firewall::write(family, backend, &stranded).await
 }
 
-/// Removes the empty tables that iptables-nft leaves behind. Without `nft` they stay, and do nothing.
-async fn remove_blank_tables(family: Family) -> Result<(), FirewallError> {
-    if command::find("nft").is_none() || command::find(&family.tool(Backend::Nft, "-save")).is_none() {
-        return Ok(());
+/// The other backend, and what would clear it of our rules.
+async fn stranded_rules(family: Family) -> Result<(Backend, firewall::Transaction), FirewallError> {
+    match firewall::other_backend().await? {
+        Some(backend) => Ok((backend, firewall::diff(&[], &firewall::read(family, backend).await?))),
+        None => Ok((Backend::Host, firewall::Transaction::default())),
     }
-    let standing = firewall::read(family, Backend::Nft).await?;
-    firewall::remove_blank_nft_tables(family, &standing).await
 }
 
 /// What was found, in one line.

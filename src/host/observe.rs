@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+use ipnet::Ipv4Net;
+
 use super::cni::Isolation;
 use super::desired::{Rules, needs_set};
 use super::firewall::{self, Backend, Family, Ruleset};
@@ -162,12 +164,30 @@ impl Observed {
         ))
     }
 
+    /// Drop targets of which nat rules send some addresses elsewhere, each with the first such rule: the drops look at
+    /// a packet only after that, as they do for the service addresses of Kubernetes.
+    #[must_use]
+    pub fn rewritten_targets(&self, config: &NodeConfig) -> BTreeMap<Ipv4Net, String> {
+        const KEEPS_DESTINATION: [&str; 6] = ["RETURN", "ACCEPT", "DROP", "MARK", "LOG", "MASQUERADE"];
+        let targets = config.drop_targets();
+        let mut rewritten = BTreeMap::new();
+        for (chain, rule) in self.v4.rules("nat").filter(|(chain, rule)| *chain != "POSTROUTING" && !rule.is_ours()) {
+            let jumps = rule.argument("-j").is_some_and(|to| !KEEPS_DESTINATION.contains(&to));
+            let range: Option<Ipv4Net> = rule.argument("-d").filter(|_| jumps).and_then(|range| range.parse().ok());
+            let Some(range) = range else { continue };
+            for target in targets.iter().filter(|target| target.contains(&range) || range.contains(*target)) {
+                rewritten.entry(*target).or_insert_with(|| format!("-A {chain} {}", rule.text()));
+            }
+        }
+        rewritten
+    }
+
     /// Addresses of the node that lie inside a dropped range. The drops are about forwarded traffic, so these stay
     /// reachable for the VMs.
     #[must_use]
     pub fn own_addresses_in_drops(&self, config: &NodeConfig) -> Vec<Ipv4Addr> {
         let targets = config.drops.cidrs.iter().map(|cidr| cidr.net()).collect::<Vec<_>>();
         let own = self.links.iter().filter(|link| link.name != "lo").flat_map(|link| &link.addresses);
-        own.map(ipnet::Ipv4Net::addr).filter(|address| targets.iter().any(|target| target.contains(address))).collect()
+        own.map(Ipv4Net::addr).filter(|address| targets.iter().any(|target| target.contains(address))).collect()
     }
 }

@@ -16,7 +16,8 @@ use super::ipset::{self, SetState};
 use super::links;
 use super::observe::Observed;
 use super::step::Step;
-use crate::config::{BRIDGE, NodeConfig};
+use crate::config::{BRIDGE, NodeConfig, Platform};
+use crate::files::{self, FileError};
 
 /// A kind of difference between the host and what it must be, as the metric `drift_repairs_total` counts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -116,16 +117,33 @@ impl Plan {
         let mut plan = Self::default();
         plan.guard(desired, observed);
         plan.firewall(desired, observed);
-        // What is taken away on the way out is taken in the other order: nothing may lead to a port that is no longer
-        // isolated, so the bridge goes last.
-        plan.bridge(desired, observed);
+        // Ports before the bridge that may have to come up, and the bridge last when everything goes.
         plan.ports(desired, observed);
+        plan.bridge(desired, observed);
         plan.uplinks(desired, observed);
         plan.sysctls(desired, observed);
         plan.guest_agent(config, desired, observed);
         plan.conflist(config, desired, observed);
         plan.removals(config, desired, observed);
         plan
+    }
+
+    /// Adds what an earlier configuration left in places that this one does not use.
+    ///
+    /// # Errors
+    /// [`FileError`] when such a file cannot be read.
+    pub(super) fn retire_files(&mut self, config: &NodeConfig, earlier: &NodeConfig) -> Result<(), FileError> {
+        let conflist = earlier.conflist_path();
+        if conflist != config.conflist_path() {
+            let old = files::read_optional(&conflist)?;
+            self.remove_file(Drift::Conflist, conflist, &old);
+        }
+        if earlier.platform == Platform::Gke && config.platform != Platform::Gke {
+            let cron = guest_agent::cron_path();
+            let old = files::read_optional(&cron)?;
+            self.remove_file(Drift::Cron, cron, &old);
+        }
+        Ok(())
     }
 
     /// Whether the host is as it must be.

@@ -93,14 +93,15 @@ pub async fn guard(keys: &[&'static str]) -> Result<(), SysctlError> {
     Ok(())
 }
 
-/// Sets parameters with one `sysctl -w` and reads them back.
+/// Sets parameters with one `sysctl -w` and reads them back. Returns the keys that are not required and would not be set.
 ///
 /// # Errors
 /// [`SysctlError::Refused`] for the first required one that does not read as set; others are warned about.
-pub async fn write(settings: &[Setting]) -> Result<(), SysctlError> {
+pub async fn write(settings: &[Setting]) -> Result<Vec<String>, SysctlError> {
     let mut tools = Vec::new();
     let assignments = settings.iter().map(|setting| format!("{}={}", setting.key, setting.value));
     note(&mut tools, Command::new("sysctl").arg("-w").args(assignments).run().await);
+    let mut given_up = Vec::new();
     for Setting { key, value, required } in settings {
         let now = read(key);
         if now.as_ref() == Some(value) {
@@ -110,8 +111,9 @@ pub async fn write(settings: &[Setting]) -> Result<(), SysctlError> {
             return Err(SysctlError::Refused { key: key.clone(), value: value.clone(), reading: reading(now), tools });
         }
         tracing::warn!(key, value, reading = %reading(now), "could not set a kernel parameter; going on without it");
+        given_up.push(key.clone());
     }
-    Ok(())
+    Ok(given_up)
 }
 
 fn note(tools: &mut Vec<String>, result: Result<command::Output, CommandError>) {

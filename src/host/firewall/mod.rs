@@ -130,41 +130,82 @@ pub async fn other_backend() -> Result<Option<Backend>, FirewallError> {
     Ok(command::find(&Family::V4.tool(other, "-save")).map(|_| other))
 }
 
-/// Removes nf_tables tables that hold nothing, as iptables-nft leaves them behind. A table that holds anything stays:
-/// the chains are deleted first, which the kernel refuses for a chain with rules, and with them the whole transaction.
+/// Removes the tables that iptables-nft made for our rules, where nothing is left in them. Whether that is so is asked
+/// of `nft`: iptables shows a table as empty that holds sets, maps or native chains of somebody else's.
 ///
 /// # Errors
 /// [`FirewallError::Write`] when `nft` refuses.
-pub async fn remove_blank_nft_tables(family: Family, ruleset: &Ruleset) -> Result<(), FirewallError> {
-    let name = match family {
-        Family::V4 => "ip",
-        Family::V6 => "ip6",
+pub async fn remove_blank_nft_tables(family: Family) -> Result<(), FirewallError> {
+    let (family, tables): (_, &[&str]) = match family {
+        Family::V4 => ("ip", &["filter", "nat"]),
+        Family::V6 => ("ip6", &["filter"]),
     };
-    let mut script = String::new();
-    for (table, contents) in ruleset.tables().filter(|(_, contents)| contents.is_blank()) {
-        for (chain, _) in &contents.chains {
-            // iptables-save prints built-in chains that are not there; adding one makes the deletion good either way.
-            script.push_str(&format!("add chain {name} {table} {chain}\ndelete chain {name} {table} {chain}\n"));
+    for table in tables {
+        let listed = nft().args(["-j", "list", "table", family, table]).run().await;
+        // A table that is not there is as good as one that is removed.
+        let Ok(listed) = listed else { continue };
+        if let Some(chains) = blank_chains(&listed.stdout) {
+            // Chains first: the kernel refuses that for one that got a rule meanwhile, and with it the transaction.
+            let chains = chains.iter().map(|chain| format!("delete chain {family} {table} {chain}\n"));
+            let script = chains.chain([format!("delete table {family} {table}\n")]).collect::<String>();
+            nft().args(["-f", "-"]).stdin(script).run().await.map_err(FirewallError::Write)?;
         }
-        script.push_str(&format!("delete table {name} {table}\n"));
     }
-    if script.is_empty() {
-        return Ok(());
+    Ok(())
+}
+
+fn nft() -> Command {
+    Command::new("nft").timeout(TIMEOUT)
+}
+
+/// The chains of a table, as `nft -j list table` prints it, that holds nothing but built-in chains with policy accept.
+fn blank_chains(json: &[u8]) -> Option<Vec<String>> {
+    const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+    let listed: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let mut chains = Vec::new();
+    for object in listed["nftables"].as_array()? {
+        let (kind, contents) = object.as_object()?.iter().next()?;
+        match kind.as_str() {
+            "metainfo" | "table" => {}
+            "chain" if contents["policy"] == "accept" => {
+                chains.push(contents["name"].as_str().filter(|name| BUILT_IN.contains(name))?.to_owned());
+            }
+            _ => return None,
+        }
     }
-    Command::new("nft")
-        .args(["-f", "-"])
-        .stdin(script)
-        .timeout(TIMEOUT)
-        .run()
-        .await
-        .map(drop)
-        .map_err(FirewallError::Write)
+    Some(chains)
 }
 
 fn lock_hint(error: &CommandError) -> &'static str {
-    if error.exit_code() == Some(4) {
+    if error.exit_code() == Some(4) && error.to_string().contains("lock") {
         ": another program holds the xtables lock; try again when it is done"
     } else {
         ""
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_with_anything_of_somebody_elses_is_not_blank() {
+        let table = |objects: &str| {
+            let json = format!(r#"{{"nftables":[{{"metainfo":{{}}}},{{"table":{{"name":"filter"}}}}{objects}]}}"#);
+            blank_chains(json.as_bytes())
+        };
+        let forward = r#",{"chain":{"name":"FORWARD","hook":"forward","policy":"accept"}}"#;
+        assert_eq!(table(forward), Some(vec!["FORWARD".to_owned()]));
+        assert_eq!(table(""), Some(Vec::new()));
+        for theirs in [
+            r#",{"chain":{"name":"FORWARD","hook":"forward","policy":"drop"}}"#,
+            r#",{"chain":{"name":"input","hook":"input","policy":"accept"}}"#,
+            r#",{"chain":{"name":"DOCKER"}}"#,
+            r#",{"rule":{"chain":"FORWARD"}}"#,
+            r#",{"set":{"name":"banned"}}"#,
+        ] {
+            assert_eq!(table(&format!("{forward}{theirs}")), None, "{theirs}");
+        }
+        assert_eq!(blank_chains(b"junk"), None);
     }
 }
