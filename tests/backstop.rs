@@ -79,3 +79,15 @@ fn the_whole_internet_leads_nowhere() {
     wall(&node, &[&["0.0.0.0/0"]]);
     assert!(a.is_cut_off_from(INTERNET) && a.reaches(GATEWAY));
 }
+
+#[test]
+fn check_names_a_wall_that_stands() {
+    let node = Node::new();
+    node.adopt("--drop-cidr 10.0.0.0/8").succeeded();
+    assert!(!node.cocoon("check").stdout.contains("second wall"));
+    wall(&node, &[&["10.0.0.0/8"]]);
+    let output = node.cocoon("check");
+    assert!(output.stdout.contains("second wall"), "{output}");
+    node.cocoon("teardown").succeeded();
+    assert!(!node.ok("ip rule").contains("9092"));
+}

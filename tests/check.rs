@@ -32,7 +32,7 @@ fn a_node_that_isolates_passes() {
 #[test]
 fn a_node_without_its_daemon_is_told_so() {
     let node = isolated();
-    let output = node.cocoon("check");
+    let output = node.cocoon("check").exited(3);
     assert!(output.stdout.contains("not running"), "{output}");
 }
 
@@ -104,11 +104,40 @@ fn without_a_state_check_cannot_judge() {
 }
 
 #[test]
+fn a_stale_drop_is_found_out() {
+    is_found_out("192.0.2.0/24", |node| {
+        drop(node.ok("iptables -I FORWARD -i cni0 -d 192.0.2.0/24 -m comment --comment cocoon-net-drop -j DROP"));
+    });
+}
+
+#[test]
+fn a_plugin_too_old_for_port_isolation_matters_only_without_a_daemon() {
+    let node = isolated();
+    let without = node.cocoon("check").exited(3);
+    assert!(without.stdout.lines().any(|row| row.starts_with("FAIL") && row.contains("CNI plugin")), "{without}");
+    let _daemon = paused_daemon(&node);
+    let with = node.cocoon("check").succeeded();
+    assert!(with.stdout.lines().any(|row| row.starts_with("WARN") && row.contains("CNI plugin")), "{with}");
+}
+
+#[test]
+fn a_node_inside_a_dropped_range_is_a_warning() {
+    let node = isolated();
+    let _daemon = paused_daemon(&node);
+    // 10.128.0.2, on the uplink.
+    let output = node.cocoon("check").succeeded();
+    let warned =
+        |row: &str| row.starts_with("WARN") && row.contains("10.128.0.2") && row.contains("--drop-host-access");
+    assert!(output.stdout.lines().any(warned), "{output}");
+}
+
+#[test]
 fn rules_stranded_in_the_other_backend_are_named() {
     let node = isolated();
+    let _daemon = paused_daemon(&node);
     let legacy = node.real_tool("iptables-legacy");
     node.ok(format!("{} -A FORWARD -i cni0 -o cni0 -m comment --comment cocoon-net -j ACCEPT", legacy.display()));
-    let output = node.cocoon("check");
+    let output = node.cocoon("check").exited(3);
     assert!(output.stdout.contains("legacy"), "{output}");
 }
 

@@ -14,6 +14,7 @@ use crate::command;
 use crate::config::{BRIDGE, NodeConfig};
 use crate::dhcp::leases;
 use crate::files::{self, Holder, PID_FILE};
+use crate::host::backstop::{self, Backstop};
 use crate::host::desired::{self, Rules};
 use crate::host::firewall::{self, Backend, Family};
 use crate::host::observe::Observed;
@@ -79,6 +80,7 @@ pub async fn run(args: CheckArgs) -> Result<bool> {
     rows_of_other_backend(&mut rows).await?;
     rows_of_cni(&mut rows, &pool.config, &observed, daemon.is_some()).await;
     rows_of_daemon(&mut rows, &pool, daemon.as_ref());
+    rows_of_backstop(&mut rows, daemon.is_some()).await?;
     let proof =
         if args.probe { Some(prove(&pool, &args.state.state_dir, &observed, daemon.is_some()).await?) } else { None };
 
@@ -244,6 +246,23 @@ fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&Holder>) {
 fn skips_iptables(daemon: &Holder) -> bool {
     let line = daemon.to_string();
     line.replace('`', " ").split_whitespace().any(|word| matches!(word, "--skip-iptables" | "--skip-iptables=true"))
+}
+
+/// The second wall is the daemon's answer to a siege; without one it only waits to be forgotten.
+async fn rows_of_backstop(rows: &mut Rows, daemon: bool) -> Result<()> {
+    if Backstop::open(BRIDGE)?.stands().await? {
+        let why = if daemon {
+            "something keeps undoing the rules: see the daemon's log for what"
+        } else {
+            "a daemon ended under siege has left it; the next one, or teardown, takes it down"
+        };
+        rows.add(
+            Verdict::Warn,
+            "second wall",
+            format!("table {} leads the drop targets nowhere: {why}", backstop::TABLE),
+        );
+    }
+    Ok(())
 }
 
 async fn prove(pool: &Pool, state_dir: &Path, observed: &Observed, daemon: bool) -> Result<probe::Report> {

@@ -44,6 +44,14 @@ impl Backstop {
         Ok(Self { handle, bridge: bridge.to_owned(), up: true })
     }
 
+    /// Whether it stands on the host, whoever raised it.
+    ///
+    /// # Errors
+    /// [`LinkError::Request`].
+    pub async fn stands(&self) -> Result<bool, LinkError> {
+        Ok(!self.routes().await?.is_empty())
+    }
+
     /// Leads these ranges nowhere, and no others. Doing it again mends what is missing.
     ///
     /// # Errors
