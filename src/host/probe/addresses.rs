@@ -71,15 +71,19 @@ pub(super) fn inside(target: Ipv4Net, subnet: Ipv4Net, own: &BTreeSet<Ipv4Addr>)
     let fits = |address: &Ipv4Addr| !subnet.contains(address) && !own.contains(address) && is_unicast(*address);
     // Stepping over the subnet at once: it may be larger than what is looked at.
     let beyond = Ipv4Addr::from_bits(subnet.broadcast().to_bits().saturating_add(1));
-    let beyond = Some(beyond).filter(|address| target.contains(address));
-    nowhere.chain(target.hosts().take(TRIES)).chain(beyond).find(fits)
+    let far = std::iter::once(beyond).chain(spread()).filter(|address| target.contains(address));
+    nowhere.chain(target.hosts().take(TRIES)).chain(far).find(fits)
 }
 
 /// An address that no target covers, for the control that shows that the node forwards at all.
 pub(super) fn outside(targets: &[Ipv4Net], subnet: Ipv4Net, own: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
     let free = |address: &Ipv4Addr| !targets.iter().any(|target| target.contains(address));
-    let more = (1..224).map(|first| Ipv4Addr::new(first, 0, 113, 1)).filter(|address| is_unicast(*address));
-    NOWHERE.into_iter().chain(more).filter(free).find(|address| !subnet.contains(address) && !own.contains(address))
+    NOWHERE.into_iter().chain(spread()).filter(free).find(|address| !subnet.contains(address) && !own.contains(address))
+}
+
+/// One unicast address in each `/8`, for targets whose first hosts are none that can be sent to (0.0.0.0/1).
+fn spread() -> impl Iterator<Item = Ipv4Addr> {
+    (1..224).map(|first| Ipv4Addr::new(first, 0, 113, 1)).filter(|address| is_unicast(*address))
 }
 
 fn is_unicast(address: Ipv4Addr) -> bool {
