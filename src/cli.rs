@@ -30,6 +30,7 @@ Environment:
   COCOON_NET_LOG_LEVEL     debug, info, warn or error [default: info]
   COCOON_NET_LOG_FORMAT    text or json [default: text]
   COCOON_NET_METRICS_ADDR  default of the daemon's --metrics-addr
+  COCOON_NET_CLOUD_TIMEOUT seconds to wait for a call of gcloud or ve, and for what it sets in motion
 
 Exit status: 0 done; 1 failed; 2 wrong usage; 3 `check` looked, and the node is not as it must be.";
 
@@ -37,16 +38,22 @@ Exit status: 0 done; 1 failed; 2 wrong usage; 3 `check` looked, and the node is 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Claim addresses in the cloud, configure this host and write pool.json
+    #[command(args_override_self = true)]
     Init(NodeArgs),
     /// Take over addresses that are routed here already, without any cloud call
+    #[command(args_override_self = true)]
     Adopt(AdoptArgs),
     /// Keep the host configuration true and serve DHCP, until told to stop
+    #[command(args_override_self = true)]
     Daemon(DaemonArgs),
     /// Show the pool, the leases and what isolation has dropped
+    #[command(args_override_self = true)]
     Status(StatusArgs),
     /// Compare the host with pool.json; exit 3 when it is not as it must be
+    #[command(args_override_self = true)]
     Check(CheckArgs),
     /// Stop the daemon, give the addresses back and remove everything of ours
+    #[command(args_override_self = true)]
     Teardown(TeardownArgs),
     /// Print a completion script for a shell
     Completions {
@@ -254,6 +261,15 @@ mod tests {
         for bad in ["", "0s", "-1h", "ten", "5"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_last_of_a_repeated_flag_counts_as_it_does_for_the_go_program() {
+        let args =
+            ["cocoon-net", "init", "--node-name=a", "--node-name=b", "--subnet=10.0.0.0/24", "--drop-cidr=1.0.0.0/8"];
+        let cli = Cli::try_parse_from(args.into_iter().chain(["--drop-cidr=2.0.0.0/8"])).unwrap();
+        let Command::Init(args) = cli.command else { panic!("not init") };
+        assert_eq!((args.node_name.as_str(), args.drop_cidr.len()), ("b", 2));
     }
 
     #[test]
