@@ -113,32 +113,37 @@ async fn load_pool(state_dir: &Path) -> Result<Pool> {
     Ok(pool)
 }
 
-/// Makes the host right for the first time. What cannot be verified ends the daemon, with the rules that stand left
-/// standing and, if so told, the bridge down.
+/// Makes the host right for the first time, then watches it: what changes in between the watch's own first call finds.
+/// What cannot be verified ends the daemon, with the rules that stand left standing and, if so told, the bridge down.
 async fn configure(node: &mut Reconciler, args: &DaemonArgs) -> Result<Watch> {
-    let ruleset = match args.skip_iptables {
-        true => watch::Ruleset::Unwatched,
-        false => match firewall::host_backend().await? {
-            Backend::Legacy => {
-                watch::Ruleset::Legacy { save: vec!["iptables-save".to_owned(), "ip6tables-save".to_owned()] }
-            }
-            Backend::Nft | Backend::Host => watch::Ruleset::Nftables,
-        },
-    };
-    let mut watch = Watch::open(watch::Options {
-        bridge: BRIDGE.to_owned(),
-        interval: args.reconcile_interval,
-        files: watched_files(node.pool(), &args.state.state_dir),
-        ruleset,
-    })?;
-    if let Err(error) = node.pass(None).await {
+    let (ruleset, configured) = tokio::join!(ruleset(args.skip_iptables), node.pass(None));
+    if let Err(error) = configured {
         if args.quarantine && node.pool().config.wants_isolation() {
             node.quarantine().await;
         }
         return Err(error).context("this node could not be configured, so the daemon does not start");
     }
+    let mut watch = Watch::open(watch::Options {
+        bridge: BRIDGE.to_owned(),
+        interval: args.reconcile_interval,
+        files: watched_files(node.pool(), &args.state.state_dir),
+        ruleset: ruleset?,
+    })?;
     watch.watch_set(set_to_watch(node));
     Ok(watch)
+}
+
+/// How changes of the rules make themselves known on this host.
+async fn ruleset(skip_iptables: bool) -> Result<watch::Ruleset> {
+    if skip_iptables {
+        return Ok(watch::Ruleset::Unwatched);
+    }
+    Ok(match firewall::host_backend().await? {
+        Backend::Legacy => {
+            watch::Ruleset::Legacy { save: vec!["iptables-save".to_owned(), "ip6tables-save".to_owned()] }
+        }
+        Backend::Nft | Backend::Host => watch::Ruleset::Nftables,
+    })
 }
 
 fn watched_files(pool: &Pool, state_dir: &Path) -> Vec<PathBuf> {

@@ -215,8 +215,9 @@ impl Plan {
 
     fn bridge(&mut self, desired: &Desired, observed: &Observed) {
         let Part::Present(wanted) = &desired.bridge else { return };
+        let ours = links::mac_for(wanted.address.addr());
         let Some(link) = observed.bridge() else {
-            let step = Step::CreateBridge { mac: links::mac_for(wanted.address.addr()), bridge: wanted.clone() };
+            let step = Step::CreateBridge { mac: ours, bridge: wanted.clone() };
             return self.step(Drift::Bridge, format!("{BRIDGE} is missing"), step);
         };
         if !link.is_bridge {
@@ -224,7 +225,8 @@ impl Plan {
                 "{BRIDGE} is there but is not a bridge; rename or delete it (`ip link del {BRIDGE}`), then try again"
             ));
         }
-        if let (Some(mac), Some(false)) = (link.mac, link.mac_pinned) {
+        // The address that we make bridges with was pinned with them.
+        if let (Some(mac), Some(false)) = (link.mac.filter(|mac| *mac != ours), link.mac_pinned) {
             self.step(Drift::Bridge, format!("the address of {BRIDGE} is not pinned"), Step::PinMac(mac));
         }
         for old in desired.retired_addresses.iter().filter(|old| link.addresses.contains(old)) {
