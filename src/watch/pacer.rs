@@ -13,7 +13,7 @@
 use std::time::{Duration, Instant};
 
 /// Share of one core that passes and looks may use in the long run, in percent.
-const SHARE_PERCENT: u32 = 7;
+const SHARE_PERCENT: u32 = 6;
 
 /// CPU time that may be spent at once after a quiet time.
 const BURST: Duration = Duration::from_millis(400);
@@ -39,7 +39,7 @@ const RETRIES: [Duration; 4] =
 /// Repairs, and tries at them, no further apart than this belong to one contest.
 const CONTEST_QUIET: Duration = Duration::from_millis(2500);
 
-/// From this many repairs on, a contest is a siege.
+/// From this many repairs on, a contest is a siege; a pass that could not win counts twice.
 const SIEGE: u32 = 4;
 
 /// Interval of the looks in quiet times and in a siege.
@@ -156,9 +156,14 @@ impl Pacer {
         self.ended = Some((now, cost));
         self.budget.spend(now, cost);
         self.follow_up = self.schedule(now, outcome);
-        if outcome != Outcome::Clean {
-            let repairs = self.contest(now) + 1;
-            self.contest = Some((repairs, now));
+        // A pass that could not win has been undone more than once already.
+        let undone = match outcome {
+            Outcome::Clean => 0,
+            Outcome::Repaired => 1,
+            Outcome::Failed => 2,
+        };
+        if undone > 0 {
+            self.contest = Some((self.contest(now) + undone, now));
         }
         self.look = self.look.min(now + self.look_interval(now));
     }
