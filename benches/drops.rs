@@ -11,26 +11,31 @@ use std::time::{Duration, Instant};
 use support::{Backend, Node};
 
 const RULES: usize = 1000;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 15;
 
 fn main() {
-    println!("{RULES} drops, median of {ROUNDS}:");
+    println!("{RULES} drops, median of {ROUNDS} rounds of bare restore, first run and second run in turn:");
     for (name, backend) in [("nft", Backend::Nft), ("legacy", Backend::Legacy)] {
-        let bare = median(|| bare_restore(backend));
-        let (mut fresh, mut again, mut processes) = (Vec::new(), Vec::new(), 0);
+        let (mut bare, mut first, mut second) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
+            bare.push(bare_restore(backend));
             let node = node(backend);
-            fresh.push(timed(|| drop(node.adopt(drops()).succeeded())));
-            again.push(timed(|| drop(node.adopt(drops()).succeeded())));
-            let usual = "adopt --platform none --node-name n1 --subnet 172.20.100.0/24 --manage-iptables";
-            let args = usual.split(' ').map(str::to_owned).chain(drops()).collect::<Vec<_>>();
-            processes = node.execs(args).1.len();
+            first.push(timed(|| drop(node.adopt(drops()).succeeded())));
+            second.push(timed(|| drop(node.adopt(drops()).succeeded())));
         }
-        let (fresh, again) = (middle(fresh), middle(again));
+        let (bare, first, second) = (middle(bare), middle(first), middle(second));
+        let [of_first, of_second] = processes(&node(backend));
         println!("  {name:6}  bare restore {bare:>8.1?}");
-        println!("  {name:6}  first run    {fresh:>8.1?}  {:.2} times the bare restore", ratio(fresh, bare));
-        println!("  {name:6}  second run   {again:>8.1?}  {:.2} times, {processes} processes", ratio(again, bare));
+        println!("  {name:6}  first run    {first:>8.1?}  {:.2} times, {of_first} processes", ratio(first, bare));
+        println!("  {name:6}  second run   {second:>8.1?}  {:.2} times, {of_second} processes", ratio(second, bare));
     }
+}
+
+/// How many processes a first run and a second run start.
+fn processes(node: &Node) -> [usize; 2] {
+    let usual = "adopt --platform none --node-name n1 --subnet 172.20.100.0/24 --manage-iptables";
+    let args: Vec<String> = usual.split(' ').map(str::to_owned).chain(drops()).collect();
+    [(); 2].map(|()| node.execs(&args).1.len())
 }
 
 fn node(backend: Backend) -> Node {
@@ -59,10 +64,6 @@ fn timed(work: impl FnOnce()) -> Duration {
     let begin = Instant::now();
     work();
     begin.elapsed()
-}
-
-fn median(work: impl Fn() -> Duration) -> Duration {
-    middle((0..ROUNDS).map(|_| work()).collect())
 }
 
 fn middle(mut times: Vec<Duration>) -> Duration {
