@@ -32,7 +32,7 @@ build: rust ## Build target/release/cocoon-net
 
 test: root tools rust ## Run every test, in network namespaces of their own (root)
 ifeq ($(NEXTEST),yes)
-	$(CARGO) nextest run --locked --no-fail-fast --test-threads $(TEST_THREADS)
+	$(CARGO) nextest run --locked --no-fail-fast --retries 2 --test-threads $(TEST_THREADS)
 	$(CARGO) test --locked --quiet --doc
 else
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --no-fail-fast

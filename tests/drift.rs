@@ -70,6 +70,16 @@ impl Kept {
         Some(format!("a port is not isolated: {open}"))
     }
 
+    /// Whether the drop targets lead nowhere even while the rules are gone; see `host::backstop`.
+    fn second_wall_stands(&self) -> bool {
+        let routes = self.node.run("ip route show table 9092").stdout;
+        let closed = ["10.0.0.0/8", "172.20.100.0/24"].iter().all(|to| routes.contains(&format!("blackhole {to}")));
+        let ports = self.node.run("ip -d -o link show master cni0").stdout;
+        closed
+            && self.node.run("ip rule show").stdout.contains("iif cni0 lookup 9092")
+            && ports.lines().all(|port| port.contains("isolated on"))
+    }
+
     /// Waits until the node is isolated, and says how long that took.
     #[track_caller]
     fn becomes_isolated(&self, after: &str) -> Duration {
@@ -279,7 +289,7 @@ fn a_loop_is_withstood(backend: Backend, offence: &str) {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(5) {
         looks += 1;
-        held += usize::from(kept.defect().is_none());
+        held += usize::from(kept.defect().is_none() || kept.second_wall_stands());
     }
     offender.wait(Duration::from_secs(10));
     kept.becomes_isolated(offence);
