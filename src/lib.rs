@@ -21,6 +21,7 @@
 //! | [`dhcp`] | the lease engine (pure), the lease store (durable), the server (effects) |
 //! | [`cloud`] | the clouds that lend the addresses: GKE, Volcengine, none |
 //! | [`command`] | the only place that starts a process |
+//! | `netlink` | netfilter's own netlink subsystems, by hand |
 //! | [`metrics`] | the metrics registry and its HTTP end |
 
 pub mod cli;
@@ -32,6 +33,7 @@ pub mod dhcp;
 pub mod files;
 pub mod host;
 pub mod metrics;
+mod netlink;
 pub mod pool;
 pub mod reconcile;
 pub mod systemd;

@@ -8,8 +8,8 @@ use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, TokioSocket};
 use nix::errno::Errno;
 
-use super::wire::{attribute, messages, text, u32_at};
 use super::{Reason, WatchError};
+use crate::netlink::{NFGENMSG, attribute, messages, text, u32_at};
 
 /// `RTNLGRP_LINK`, `RTNLGRP_IPV4_IFADDR` and `RTNLGRP_IPV4_ROUTE` of linux/rtnetlink.h.
 const ROUTE_GROUPS: [u32; 3] = [1, 5, 7];
@@ -36,7 +36,6 @@ const NFT_MSG_NEWGEN: u16 = 15;
 const NFTA_TABLE: u16 = 1;
 const NFTA_GEN_PROC_PID: u16 = 2;
 const NFTA_GEN_PROC_NAME: u16 = 3;
-const NFGENMSG: usize = 4;
 
 /// The tables that iptables-nft keeps our rules in.
 const OUR_TABLES: [&[u8]; 2] = [b"filter", b"nat"];
@@ -203,8 +202,8 @@ fn transaction_owner(payload: &[u8]) -> Option<(String, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::wire::{MESSAGE_HEADER, push_attribute};
     use super::*;
+    use crate::netlink::{MESSAGE_HEADER, push_attribute};
 
     fn datagram(kind: u16, header: &[u8], attributes: &[(u16, &[u8])]) -> Vec<u8> {
         let mut payload = header.to_vec();

@@ -27,7 +27,6 @@ mod ipset;
 mod lock;
 mod look;
 mod pacer;
-mod wire;
 
 use events::{Events, News};
 use lock::LockFile;
