@@ -44,6 +44,9 @@ impl Kept {
 
     /// Why the node is not isolated, if it is not.
     fn defect(&self) -> Option<String> {
+        if self.node.run("nft list table ip filter").stdout.contains("flags dormant") {
+            return Some("the table of the drops is dormant".to_owned());
+        }
         let rules = self.node.run("iptables -S FORWARD").stdout;
         let rules: Vec<&str> = rules.lines().filter(|line| line.starts_with("-A")).collect();
         let ours = |rule: &&&str| rule.contains("--comment cocoon-net-drop ") && rule.ends_with("-j DROP");
@@ -189,6 +192,13 @@ fn what_others_do_to_the_rules_is_undone_on_legacy() {
 #[test]
 fn a_flushed_nft_ruleset_is_put_back() {
     Kept::new(Backend::Nft).survives("nft flush ruleset", "nft flush ruleset");
+}
+
+#[test]
+fn tables_put_to_sleep_are_woken() {
+    let mut kept = Kept::new(Backend::Nft);
+    kept.survives("a dormant filter table", "nft add table ip filter '{ flags dormant; }'");
+    kept.survives("a dormant nat table", "nft add table ip nat '{ flags dormant; }'");
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Backend, GATEWAY, Node, Output, Snapshot};
+use support::{Backend, GATEWAY, INSIDE_TEN, INTERNET, Node, Output, Snapshot};
 
 const TOGGLE: &str = "net/bridge/bridge-nf-call-iptables";
 const DROPS: &str = "--drop-internal-access --drop-cidr 10.0.0.0/8";
@@ -168,6 +168,54 @@ fn a_native_nft_rule_that_iptables_cannot_print_is_a_failure() {
         node.adopt(DROPS).exited(1);
         assert!(!node.exists(STATE) && !node.exists("/sys/class/net/cni0"));
     }
+}
+
+const SLEEP: [&str; 6] = ["nft", "add", "table", "ip", "filter", "{ flags dormant; }"];
+
+fn sleeps(node: &Node) -> bool {
+    node.ok("nft list table ip filter").contains("flags dormant")
+}
+
+#[test]
+fn a_dormant_table_is_not_taken_for_isolation() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    let (a, _daemonless) = (node.vm("a"), node.cocoon("check").exited(3));
+    assert!(a.is_cut_off_from(INSIDE_TEN));
+    node.ok(SLEEP);
+    assert!(a.reaches(INSIDE_TEN), "a dormant table is no isolation, whatever iptables lists");
+    let check = node.cocoon("check").exited(3);
+    assert!(check.stdout.contains("FAIL  rules") && check.stdout.contains("dormant"), "{check}");
+}
+
+#[test]
+fn a_dormant_table_is_woken_and_said_to_be() {
+    let node = Node::new();
+    node.ok(SLEEP);
+    let dry = node.adopt(format!("{DROPS} --dry-run")).succeeded();
+    assert!(dry.stdout.contains("- table ip filter flags dormant"), "{dry}");
+    assert!(sleeps(&node), "a dry run changes nothing");
+    node.adopt(DROPS).succeeded();
+    assert!(!sleeps(&node));
+    let a = node.vm("a");
+    assert!(a.is_cut_off_from(INSIDE_TEN) && a.reaches(INTERNET));
+}
+
+#[test]
+fn a_table_woken_in_vain_sleeps_again() {
+    let node = Node::new();
+    node.ok(SLEEP);
+    node.full("/var/lib/cocoon/net");
+    node.adopt(DROPS).exited(1);
+    assert!(sleeps(&node));
+}
+
+#[test]
+fn a_chain_on_no_hook_is_not_taken_for_a_built_in_one() {
+    let node = Node::new();
+    node.ok("nft add table ip filter");
+    node.ok("nft add chain ip filter FORWARD");
+    fails_and_leaves_nothing(&node, "chain `FORWARD` of table `filter` is on no hook");
 }
 
 #[test]

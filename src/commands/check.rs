@@ -114,7 +114,8 @@ fn rows_of_host(rows: &mut Rows, config: &NodeConfig, plan: &Plan, observed: &Ob
     let targets = config.drop_targets();
     let toggles = if targets.is_empty() { "not needed: nothing is dropped" } else { "bridged frames pass iptables" };
     rows.of_kinds(plan, "bridge toggle", &[Drift::BridgeToggle], toggles);
-    let rules = [Drift::RulesMissing, Drift::RulesShadowed, Drift::RulesStale, Drift::RulesDuplicated];
+    let rules =
+        [Drift::RulesMissing, Drift::RulesShadowed, Drift::RulesStale, Drift::RulesDuplicated, Drift::RulesDormant];
     let right = match targets.len() {
         0 => "no drop target; ACCEPT and MASQUERADE rules are in place".to_owned(),
         1 => format!("1 drop target at the head of FORWARD: {}", list(&targets)),

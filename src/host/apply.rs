@@ -47,6 +47,7 @@ impl Host {
             Step::Guard(keys) => sysctl::guard(keys).await?,
             Step::FillSet { entries, old } => ipset::fill(entries, old).await?,
             Step::Firewall(family, transaction) => firewall::write(*family, Backend::Host, transaction).await?,
+            Step::Hook { family, table, dormant } => firewall::set_dormant(*family, table, *dormant)?,
             Step::DestroySet(_) => ipset::destroy().await?,
             Step::CreateBridge { mac, bridge } => self.create_bridge(*mac, bridge).await?,
             Step::PinMac(mac) => self.links.pin_mac(self.index(BRIDGE).await?, *mac).await?,

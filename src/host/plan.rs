@@ -30,6 +30,8 @@ pub enum Drift {
     RulesStale,
     /// Rules of ours more than once.
     RulesDuplicated,
+    /// A table that holds our rules is off its hooks.
+    RulesDormant,
     /// The set of drop targets differs.
     Set,
     /// Bridged frames do not pass through iptables.
@@ -61,6 +63,7 @@ impl Drift {
             Self::RulesShadowed => "rules_shadowed",
             Self::RulesStale => "rules_stale",
             Self::RulesDuplicated => "rules_duplicated",
+            Self::RulesDormant => "rules_dormant",
             Self::Set => "set",
             Self::BridgeToggle => "bridge_toggle",
             Self::Bridge => "bridge",
@@ -83,6 +86,7 @@ impl Drift {
                 | Self::RulesShadowed
                 | Self::RulesStale
                 | Self::RulesDuplicated
+                | Self::RulesDormant
                 | Self::Set
                 | Self::BridgeToggle
                 | Self::PortIsolation
@@ -205,6 +209,15 @@ impl Plan {
                     self.findings.push(Finding { kind, text: format!("{tool}: {text}") });
                 }
                 self.steps.push(Step::Firewall(family, transaction));
+            }
+            // Once what must stand in it stands.
+            let used: BTreeSet<_> = chains.iter().filter(|chain| !chain.is_empty()).map(|chain| &chain.table).collect();
+            for table in standing.dormant.iter().filter(|table| used.contains(table)) {
+                let text = format!(
+                    "table {} {table} is dormant: its rules are listed, and no packet meets them",
+                    family.nft()
+                );
+                self.step(Drift::RulesDormant, text, Step::Hook { family, table: table.clone(), dormant: false });
             }
         }
         if wanted.set.is_none() && matches!(observed.set, SetState::Present(_)) {

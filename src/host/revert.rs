@@ -3,7 +3,7 @@
 use ipnet::Ipv4Net;
 
 use super::desired::{Desired, Firewall, Part, Rules};
-use super::firewall::{ChainRules, Ruleset};
+use super::firewall::{ChainRules, Family, Ruleset};
 use super::ipset::SetState;
 use super::observe::{Observed, Scope};
 use super::plan::Plan;
@@ -34,6 +34,12 @@ fn plan(config: &NodeConfig, rules: Rules, before: &Observed, now: &Observed) ->
         ..Desired::default()
     };
     let mut plan = Plan::new(config, &desired, now);
+    // What was put on its hooks for our rules; a rule of ours that stood in it stood there asleep.
+    plan.steps.retain(|step| !matches!(step, Step::Hook { .. }));
+    for (family, old, new) in [(Family::V4, &before.v4, &now.v4), (Family::V6, &before.v6, &now.v6)] {
+        let woken = old.dormant.difference(&new.dormant).cloned();
+        plan.steps.extend(woken.map(|table| Step::Hook { family, table, dormant: true }));
+    }
     if let (Some(old), Some(new)) = (before.bridge(), now.bridge()) {
         plan.steps.extend(bridge_steps(old, new));
     }

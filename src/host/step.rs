@@ -28,6 +28,15 @@ pub enum Step {
     },
     /// Change rules.
     Firewall(Family, Transaction),
+    /// Put the chains of a table on their hooks, or take them off.
+    Hook {
+        /// The family of the table.
+        family: Family,
+        /// Its name.
+        table: String,
+        /// Whether it becomes dormant.
+        dormant: bool,
+    },
     /// Destroy the set, after its rule has gone.
     DestroySet(SetState),
     /// Make the bridge.
@@ -125,6 +134,9 @@ impl Step {
             Self::FillSet { entries, old } => set_lines(Some(entries), old),
             Self::DestroySet(old) => set_lines(None, old),
             Self::Firewall(family, transaction) => rule_lines(*family, transaction),
+            Self::Hook { family, table, dormant } => {
+                vec![Line { added: *dormant, text: format!("table {} {table} flags dormant", family.nft()) }]
+            }
             Self::CreateBridge { mac, bridge } => {
                 let mac = links::format_mac(*mac);
                 let mtu = bridge.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();

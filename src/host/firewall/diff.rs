@@ -23,6 +23,14 @@ pub struct ChainRules {
     pub tail: Vec<Rule>,
 }
 
+impl ChainRules {
+    /// Whether no rule of ours is wanted in the chain.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.head.is_empty() && self.tail.is_empty()
+    }
+}
+
 /// What happens to a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {

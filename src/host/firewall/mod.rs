@@ -6,6 +6,7 @@
 mod diff;
 mod rule;
 mod save;
+mod tables;
 
 use std::time::Duration;
 
@@ -56,6 +57,22 @@ pub enum FirewallError {
         /// What is wrong with it.
         source: SaveError,
     },
+    /// Whether the tables of nftables are on their hooks cannot be told.
+    #[error("cannot list the tables of nftables")]
+    Tables(#[source] std::io::Error),
+    /// A table would not be put on its hooks, or taken off.
+    #[error(
+        "cannot change table `{table}`, which is dormant: its rules are listed but no packet meets them; wake it with \
+         `nft add table {family} {table}`"
+    )]
+    Hook {
+        /// The family, as nft names it.
+        family: &'static str,
+        /// The table.
+        table: String,
+        /// What the kernel answered.
+        source: std::io::Error,
+    },
     /// The transaction was refused: nothing of the table it broke in has changed.
     #[error("cannot write the rules{}", lock_hint(.0))]
     Write(#[source] CommandError),
@@ -70,6 +87,15 @@ impl FirewallError {
 }
 
 impl Family {
+    /// The name of the family in nft(8).
+    #[must_use]
+    pub fn nft(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+        }
+    }
+
     /// The name of a tool of this family: `iptables-save`, `ip6tables-legacy-restore`, ...
     #[must_use]
     pub fn tool(self, backend: Backend, verb: &str) -> String {
@@ -85,14 +111,18 @@ impl Family {
     }
 }
 
-/// Reads every rule with its counters.
+/// Reads every rule with its counters, and which tables are off their hooks.
 ///
 /// # Errors
 /// [`FirewallError`] unless the tool exits 0 and all of what it printed was understood.
 pub async fn read(family: Family, backend: Backend) -> Result<Ruleset, FirewallError> {
     let tool = family.tool(backend, "-save");
     let output = Command::new(&tool).arg("-c").timeout(TIMEOUT).run().await.map_err(FirewallError::Read)?;
-    Ruleset::parse(&output.text()).map_err(|source| FirewallError::Parse { tool, source })
+    let mut ruleset = Ruleset::parse(&output.text()).map_err(|source| FirewallError::Parse { tool, source })?;
+    if ruleset.is_nft() {
+        ruleset.dormant = tables::dormant(family).map_err(FirewallError::Tables)?;
+    }
+    Ok(ruleset)
 }
 
 /// Runs a transaction, if there is anything in it.
@@ -108,6 +138,18 @@ pub async fn write(family: Family, backend: Backend, transaction: &Transaction) 
         .stdin(transaction.restore_input())
         .timeout(TIMEOUT);
     restore.run().await.map(drop).map_err(FirewallError::Write)
+}
+
+/// Puts the chains of a table of nftables on their hooks, or takes them off.
+///
+/// # Errors
+/// [`FirewallError::Hook`].
+pub fn set_dormant(family: Family, table: &str, dormant: bool) -> Result<(), FirewallError> {
+    tables::set_dormant(family, table, dormant).map_err(|source| FirewallError::Hook {
+        family: family.nft(),
+        table: table.to_owned(),
+        source,
+    })
 }
 
 /// Which backend plain `iptables` uses.
@@ -136,10 +178,11 @@ pub async fn other_backend() -> Result<Option<Backend>, FirewallError> {
 /// # Errors
 /// [`FirewallError::Write`] when `nft` refuses.
 pub async fn remove_blank_nft_tables(family: Family) -> Result<(), FirewallError> {
-    let (family, tables): (_, &[&str]) = match family {
-        Family::V4 => ("ip", &["filter", "nat"]),
-        Family::V6 => ("ip6", &["filter"]),
+    let tables: &[&str] = match family {
+        Family::V4 => &["filter", "nat"],
+        Family::V6 => &["filter"],
     };
+    let family = family.nft();
     for table in tables {
         let listed = nft().args(["-j", "list", "table", family, table]).run().await;
         // A table that is not there is as good as one that is removed.

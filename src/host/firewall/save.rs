@@ -1,6 +1,6 @@
 //! Reading `iptables-save -c`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::rule::Rule;
 
@@ -8,6 +8,9 @@ use super::rule::Rule;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ruleset {
     tables: BTreeMap<String, Table>,
+    nft: bool,
+    /// Tables whose rules are listed here although no packet meets them (`flags dormant` of nft(8)).
+    pub dormant: BTreeSet<String>,
 }
 
 /// One table.
@@ -52,6 +55,17 @@ pub enum SaveError {
          move them into a table of their own (see `nft list table ip {0}`)"
     )]
     Incompatible(String),
+    /// A chain that only has the name of a built-in one.
+    #[error(
+        "chain `{chain}` of table `{table}` is on no hook, so no packet meets its rules and isolation cannot be \
+         verified; delete it (`nft delete chain ip {table} {chain}`, or `ip6` for ip6tables)"
+    )]
+    Unhooked {
+        /// The table.
+        table: String,
+        /// The chain.
+        chain: String,
+    },
     /// The output ends within a table.
     #[error("the output ends within table `{0}`")]
     Truncated(String),
@@ -79,6 +93,7 @@ impl Ruleset {
                 if let Some(name) = incompatible_table(comment) {
                     return Err(SaveError::Incompatible(name.to_owned()));
                 }
+                ruleset.nft |= comment.contains("(nf_tables)");
             } else if let Some(name) = line.strip_prefix('*') {
                 if open.is_some() {
                     return Err(bad());
@@ -86,6 +101,9 @@ impl Ruleset {
                 open = Some((name.trim().to_owned(), Table::default()));
             } else if line == "COMMIT" {
                 let (name, table) = open.take().ok_or_else(bad)?;
+                if let Some(chain) = table.unhooked_chain(&name) {
+                    return Err(SaveError::Unhooked { chain: chain.to_owned(), table: name });
+                }
                 ruleset.tables.insert(name, table);
             } else if !line.trim().is_empty() {
                 let (_, table) = open.as_mut().ok_or_else(bad)?;
@@ -96,6 +114,12 @@ impl Ruleset {
             Some((name, _)) => Err(SaveError::Truncated(name)),
             None => Ok(ruleset),
         }
+    }
+
+    /// Whether nftables holds these rules. An empty ruleset does not tell.
+    #[must_use]
+    pub fn is_nft(&self) -> bool {
+        self.nft
     }
 
     /// The tables by name.
@@ -126,6 +150,17 @@ impl Ruleset {
 }
 
 impl Table {
+    /// A chain with the name of a built-in one that is none: nftables lets anyone make it, and it has no policy.
+    fn unhooked_chain(&self, name: &str) -> Option<&str> {
+        let ours: &[&str] = match name {
+            "filter" => &["INPUT", "FORWARD"],
+            "nat" => &["POSTROUTING"],
+            _ => &[],
+        };
+        let unhooked = |(chain, policy): &&(String, String)| policy == "-" && ours.contains(&chain.as_str());
+        self.chains.iter().find(unhooked).map(|(chain, _)| chain.as_str())
+    }
+
     fn read_line(&mut self, line: &str) -> Option<()> {
         if let Some(chain) = line.strip_prefix(':') {
             let mut words = chain.split_whitespace();
@@ -181,6 +216,18 @@ mod tests {
         let error = Ruleset::parse("# Table `filter' is incompatible, use 'nft' tool.\n").unwrap_err();
         assert_eq!(error, SaveError::Incompatible("filter".to_owned()));
         assert!(Ruleset::parse("# Table `mangle' is incompatible, use 'nft' tool.\n").is_ok());
+    }
+
+    #[test]
+    fn a_chain_that_only_has_the_name_of_a_built_in_one_is_an_error() {
+        let error = Ruleset::parse(&SAVED.replace(":FORWARD ACCEPT", ":FORWARD -")).unwrap_err();
+        assert_eq!(error, SaveError::Unhooked { table: "filter".to_owned(), chain: "FORWARD".to_owned() });
+    }
+
+    #[test]
+    fn the_backend_is_read_from_the_comment() {
+        assert!(Ruleset::parse(SAVED).unwrap().is_nft());
+        assert!(!Ruleset::parse(&SAVED.replace(" (nf_tables)", " on Mon Nov 23")).unwrap().is_nft());
     }
 
     #[test]
