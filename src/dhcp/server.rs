@@ -6,6 +6,7 @@
 mod bridge;
 mod effects;
 mod host;
+mod pace;
 mod worker;
 
 use std::io::Write as _;

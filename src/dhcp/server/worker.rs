@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use super::bridge::{self, Bridge, LinkWatch};
 use super::effects::Waiting;
+use super::pace::Pace;
 use super::{Control, Error, wake};
 use crate::dhcp::arp::Prober;
 use crate::dhcp::engine::{Engine, Now, Settings};
@@ -56,6 +57,7 @@ pub(super) struct Worker {
     /// Wall clock less monotonic clock, as last seen.
     offset: Timestamp,
     next_check: Duration,
+    pace: Pace,
     pub(super) log: super::host::LogLimit,
 }
 
@@ -102,6 +104,7 @@ impl Worker {
             start: Instant::now(),
             offset: Timestamp::now(),
             next_check: CHECK_INTERVAL,
+            pace: Pace::default(),
             log: super::host::LogLimit::default(),
             config,
         };
@@ -125,10 +128,13 @@ impl Worker {
                 }
             }
             self.follow_the_clock()?;
-            self.serve()?;
+            let frames = self.serve()?;
             self.answer_probes()?;
             self.tick()?;
             self.update_gauges();
+            // A full batch means that more waits.
+            let nap = self.pace.found(frames, self.now().monotonic).filter(|_| frames < BATCH);
+            nap.into_iter().for_each(std::thread::sleep);
         }
     }
 
@@ -165,12 +171,13 @@ impl Worker {
         Ok(())
     }
 
-    /// Receives what is there, a batch at most, and carries out what the engine decides.
-    fn serve(&mut self) -> Result<(), Error> {
+    /// Receives what is there, a batch at most, and carries out what the engine decides. Returns how many frames it was.
+    fn serve(&mut self) -> Result<usize, Error> {
         let mut buffer = [0; FRAME_LEN];
         let mut steps = Vec::new();
         let (now, may_grant) = (self.now(), self.may_grant());
-        for _ in 0..BATCH {
+        let mut frames = 0;
+        while frames < BATCH {
             let Some(bridge) = &self.bridge else { break };
             let len = match bridge.frames.receive(&mut buffer) {
                 Ok(Some(len)) => len,
@@ -181,6 +188,7 @@ impl Worker {
                     break;
                 }
             };
+            frames += 1;
             let Some(datagram) = frame::open(&buffer[..len]) else {
                 self.dropped("bad_packet");
                 continue;
@@ -204,7 +212,8 @@ impl Worker {
                 }
             }
         }
-        self.carry_out(steps)
+        self.carry_out(steps)?;
+        Ok(frames)
     }
 
     /// The port that a request came in by, when that matters.
