@@ -15,6 +15,7 @@ use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
 use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
+use crate::host::firewall::Backend;
 use crate::host::plan::Plan;
 use crate::host::{Host, HostError, Outcome, Target, drops, summary};
 use crate::metrics::{Health, Metrics};
@@ -74,6 +75,7 @@ pub struct Reconciler {
     pool: Pool,
     earlier: Option<NodeConfig>,
     mtu: Option<u16>,
+    backend: Backend,
     started: bool,
     unverified_since: Option<Instant>,
     quarantined: bool,
@@ -97,6 +99,7 @@ impl Reconciler {
             pool,
             earlier: None,
             mtu: None,
+            backend: Backend::Host,
             started: false,
             unverified_since: None,
             quarantined: false,
@@ -117,6 +120,12 @@ impl Reconciler {
     #[must_use]
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
+    }
+
+    /// Which backend holds the rules; known once a pass has succeeded.
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        self.backend
     }
 
     /// One pass. `wake` says why, and is none for the first pass, whose work is no repair.
@@ -174,6 +183,7 @@ impl Reconciler {
             self.quarantined = false;
             outcome.after = self.host.converge(Target { bridge_up: true, ..target }).await?.after;
         }
+        self.backend = if outcome.after.v4.is_nft() { Backend::Nft } else { Backend::Legacy };
         self.mtu = outcome.after.bridge().and_then(|bridge| u16::try_from(bridge.mtu).ok());
         Ok(outcome)
     }

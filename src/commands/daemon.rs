@@ -15,7 +15,7 @@ use crate::dhcp;
 use crate::files::{self, LockFile, PID_FILE, StateLock};
 use crate::host::backstop::Backstop;
 use crate::host::desired::{self, Rules};
-use crate::host::firewall::{self, Backend};
+use crate::host::firewall::Backend;
 use crate::host::{Host, ipset};
 use crate::metrics::{self, Health, Metrics};
 use crate::pool::{self, Pool};
@@ -116,8 +116,7 @@ async fn load_pool(state_dir: &Path) -> Result<Pool> {
 /// Makes the host right for the first time, then watches it: what changes in between the watch's own first call finds.
 /// What cannot be verified ends the daemon, with the rules that stand left standing and, if so told, the bridge down.
 async fn configure(node: &mut Reconciler, args: &DaemonArgs) -> Result<Watch> {
-    let (ruleset, configured) = tokio::join!(ruleset(args.skip_iptables), node.pass(None));
-    if let Err(error) = configured {
+    if let Err(error) = node.pass(None).await {
         if args.quarantine && node.pool().config.wants_isolation() {
             node.quarantine().await;
         }
@@ -127,23 +126,21 @@ async fn configure(node: &mut Reconciler, args: &DaemonArgs) -> Result<Watch> {
         bridge: BRIDGE.to_owned(),
         interval: args.reconcile_interval,
         files: watched_files(node.pool(), &args.state.state_dir),
-        ruleset: ruleset?,
+        ruleset: ruleset(node, args.skip_iptables),
     })?;
     watch.watch_set(set_to_watch(node));
     Ok(watch)
 }
 
-/// How changes of the rules make themselves known on this host.
-async fn ruleset(skip_iptables: bool) -> Result<watch::Ruleset> {
-    if skip_iptables {
-        return Ok(watch::Ruleset::Unwatched);
-    }
-    Ok(match firewall::host_backend().await? {
+/// How changes of the rules make themselves known on this host. There are rules of ours by now.
+fn ruleset(node: &Reconciler, skip_iptables: bool) -> watch::Ruleset {
+    match node.backend() {
+        _ if skip_iptables => watch::Ruleset::Unwatched,
         Backend::Legacy => {
             watch::Ruleset::Legacy { save: vec!["iptables-save".to_owned(), "ip6tables-save".to_owned()] }
         }
         Backend::Nft | Backend::Host => watch::Ruleset::Nftables,
-    })
+    }
 }
 
 fn watched_files(pool: &Pool, state_dir: &Path) -> Vec<PathBuf> {

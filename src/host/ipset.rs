@@ -3,6 +3,8 @@
 //! One rule over a set costs each packet the same whatever the set holds. The set is filled under another name and
 //! swapped in, so that no packet ever meets half a set; entries keep what they have counted.
 
+mod kernel;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
@@ -10,6 +12,7 @@ use ipnet::Ipv4Net;
 
 use super::firewall::{Counters, DROP_TAG};
 use crate::command::{Command, CommandError};
+pub use kernel::digest;
 
 /// Name of the set.
 pub const SET: &str = DROP_TAG;
@@ -53,11 +56,15 @@ pub enum SetError {
     },
 }
 
-/// Reads the set. A host without `ipset`, or a kernel without sets, is a state and not an error.
+/// Reads the set. A host without `ipset`, or a kernel without sets, is a state and not an error. Where none is `wanted`
+/// and the kernel has none, `ipset` is not asked whether it could make one.
 ///
 /// # Errors
 /// [`SetError`] when the tool hangs or cannot be started.
-pub async fn read() -> Result<SetState, SetError> {
+pub async fn read(wanted: bool) -> Result<SetState, SetError> {
+    if !wanted && matches!(digest(SET), Ok(None)) {
+        return Ok(SetState::Absent);
+    }
     match Command::new("ipset").args(["save", SET]).run().await {
         Ok(output) => Ok(SetState::Present(Set::parse(&output.text()))),
         Err(CommandError::Failed { stderr, .. }) if stderr.contains("does not exist") => Ok(SetState::Absent),

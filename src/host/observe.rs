@@ -75,7 +75,7 @@ impl Observed {
                 let (v4, v6, set) = tokio::join!(
                     firewall::read(Family::V4, Backend::Host),
                     firewall::read(Family::V6, Backend::Host),
-                    ipset::read()
+                    ipset::read(needs_set(config))
                 );
                 (v4?, v6?, host.set_refused().map_or(set?, SetState::Unavailable))
             }

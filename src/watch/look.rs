@@ -7,8 +7,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::{Reason, ipset};
+use super::Reason;
 use crate::command::Command;
+use crate::host::ipset;
 
 /// The toggles that isolation and forwarding depend on.
 const TOGGLES: [&str; 3] = [

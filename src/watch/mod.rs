@@ -23,7 +23,6 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{UsageWho, getrusage};
 
 mod events;
-mod ipset;
 mod lock;
 mod look;
 mod pacer;

@@ -26,7 +26,7 @@ const IPSET_ATTR_CIDR: u16 = 3;
 ///
 /// # Errors
 /// What the kernel answered, `EPERM` and the lack of ipset support included.
-pub(super) fn digest(set: &str) -> io::Result<Option<u64>> {
+pub fn digest(set: &str) -> io::Result<Option<u64>> {
     // Elements come in the order of a hash table whose seed changes with each set: sum up, do not chain.
     let mut sum = None;
     let list = netfilter_message(
