@@ -59,13 +59,16 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
     let listeners = Listeners { metrics: Arc::clone(&metrics), health, grants };
     let mut node = Reconciler::new(Host::open()?, Backstop::open(BRIDGE)?, pool, options, listeners);
 
+    let dhcp = dhcp_config(&node, &args);
+    let preparation = dhcp::Preparation::begin(&dhcp.interface, &dhcp.lease_file).context("cannot serve DHCP")?;
     let mut watch = tokio::select! {
         started = configure(&mut node, &args) => started?,
         () = stop.received() => return Ok(()),
     };
     let _endpoint = metrics::serve(&args.metrics_addr, Arc::clone(&metrics), health_seen.clone()).await?;
-    let mut server =
-        dhcp::Server::start(dhcp_config(&node, &args), grants_seen, metrics).await.context("cannot serve DHCP")?;
+    let mut server = dhcp::Server::start(preparation, dhcp_config(&node, &args), grants_seen, metrics)
+        .await
+        .context("cannot serve DHCP")?;
     notify(&[NotifyState::Ready]);
     tokio::spawn(feed_watchdog());
     tracing::info!(pool = node.pool().ips.len(), subnet = %node.pool().config.subnet, "ready");

@@ -35,11 +35,14 @@ struct Probe {
 
 impl Prober {
     /// Asks who has an address.
-    pub fn start(&mut self, interface: &str, link: &Link, ip: Ipv4Addr, now: Duration) -> io::Result<()> {
+    pub fn start(&mut self, link: &Link, ip: Ipv4Addr, now: Duration) -> io::Result<()> {
         let socket = match &self.socket {
             Some(socket) => socket,
-            None => self.socket.insert(FrameSocket::arp(interface, link)?),
+            None => self.socket.insert(FrameSocket::arp(link)?),
         };
+        if self.probes.is_empty() {
+            socket.listen_for_arp(link, true)?;
+        }
         socket.send(&probe(link.mac, ip))?;
         self.probes.retain(|probe| probe.ip != ip);
         self.probes.push(Probe { ip, started: now, repeated: false });
@@ -53,8 +56,13 @@ impl Prober {
 
     /// Repeats the probes that it is time for and closes the ear when all are over. Returns when to be called again.
     pub fn tick(&mut self, link: &Link, now: Duration) -> Option<Duration> {
+        let before = self.probes.len();
         self.probes.retain(|probe| now < probe.started + LISTEN);
-        if self.probes.is_empty() {
+        if self.probes.is_empty()
+            && before > 0
+            && let Some(Err(error)) = self.socket.as_ref().map(|socket| socket.listen_for_arp(link, false))
+        {
+            tracing::debug!(%error, "cannot close the ear for ARP");
             self.socket = None;
         }
         for due in self.probes.iter_mut().filter(|probe| !probe.repeated && now >= probe.started + REPEAT_AFTER) {
@@ -69,7 +77,7 @@ impl Prober {
 
     /// What to wait on for answers.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.socket.as_ref().map(AsFd::as_fd)
+        self.socket.as_ref().filter(|_| !self.probes.is_empty()).map(AsFd::as_fd)
     }
 
     /// The next station that has said that it has one of the addresses.

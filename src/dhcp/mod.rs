@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-pub use server::{Error, Server};
+pub use server::{Error, Preparation, Server};
 
 use crate::config::Subnet;
 

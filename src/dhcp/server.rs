@@ -11,6 +11,7 @@ mod worker;
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
@@ -19,7 +20,10 @@ use tokio::sync::{oneshot, watch};
 
 use super::Config;
 use super::leases::LeaseError;
+use super::netlink::Netlink;
+use super::store::{self, Loaded};
 use crate::metrics::Metrics;
+use bridge::Bridge;
 use worker::Worker;
 
 /// Why there is no DHCP.
@@ -61,6 +65,42 @@ enum Control {
     Stop,
 }
 
+/// The slow parts of a start, under way: binding a packet socket waits for a grace period of the kernel's, and many
+/// leases take their time to read.
+#[derive(Debug)]
+pub struct Preparation(JoinHandle<Result<Prepared, Error>>);
+
+/// What a server needs to answer.
+#[derive(Debug)]
+struct Prepared {
+    /// None where there is no bridge yet, or it could not be opened; that is tried again.
+    bridge: Option<Bridge>,
+    loaded: Loaded,
+}
+
+impl Preparation {
+    /// Opens the bridge if it is there, and reads the leases. Nothing is answered yet; requests queue up.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when there can be no thread.
+    pub fn begin(interface: &str, lease_file: &Path) -> Result<Self, Error> {
+        let (owned, lease_file) = (interface.to_owned(), lease_file.to_owned());
+        let prepare = move || {
+            let mut netlink = Netlink::open().ok();
+            let link = netlink.as_mut().and_then(|netlink| bridge::look_up(netlink, &owned).ok().flatten());
+            let bridge = link.and_then(|link| Bridge::open(&owned, link).ok());
+            Ok(Prepared { bridge, loaded: store::load(&lease_file)? })
+        };
+        let thread = std::thread::Builder::new().name("dhcp-prepare".to_owned()).spawn(prepare);
+        let interface = interface.to_owned();
+        Ok(Self(thread.map_err(|source| Error::Io { doing: "start a thread", interface, source })?))
+    }
+
+    fn done(self) -> Result<Prepared, Error> {
+        self.0.join().map_err(|_| Error::Died)?
+    }
+}
+
 /// A running DHCP server.
 #[derive(Debug)]
 pub struct Server {
@@ -71,13 +111,18 @@ pub struct Server {
 }
 
 impl Server {
-    /// Loads the leases, makes the routes match them, and starts to answer. Returns once it does.
+    /// Makes the routes match the leases, and starts to answer. Returns once it does.
     ///
     /// While `grants` is false no new lease is granted; those who hold one can renew it.
     ///
     /// # Errors
     /// When the bridge is missing, port 67 is taken, or the leases can be neither read nor kept.
-    pub async fn start(config: Config, grants: watch::Receiver<bool>, metrics: Arc<Metrics>) -> Result<Self, Error> {
+    pub async fn start(
+        preparation: Preparation,
+        config: Config,
+        grants: watch::Receiver<bool>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, Error> {
         let interface = config.interface.clone();
         let io = |doing| {
             let interface = interface.clone();
@@ -94,7 +139,8 @@ impl Server {
         let thread = std::thread::Builder::new()
             .name("dhcp".to_owned())
             .spawn(move || {
-                let worker = match Worker::new(config, grants, metrics, waker) {
+                let prepared = preparation.done();
+                let worker = match prepared.and_then(|done| Worker::new(config, done, grants, metrics, waker)) {
                     Ok(worker) => worker,
                     // Whoever started it has gone away if this cannot be said.
                     Err(error) => return drop(started.send(Err(error))),

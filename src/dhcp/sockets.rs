@@ -2,10 +2,11 @@
 
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::sys::socket::{LinkAddr, bind, setsockopt, sockopt};
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use nix::libc::{AF_PACKET, sockaddr_ll};
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
 
 use super::frame::SERVER_PORT;
 use super::routes::Link;
@@ -17,28 +18,40 @@ const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_ARP: u16 = 0x0806;
 
 /// Frames of one kind, from and to the bridge.
+#[derive(Debug)]
 pub(super) struct FrameSocket(Socket);
 
 impl FrameSocket {
     /// DHCP requests: IPv4, UDP, to port 67, not a fragment.
-    pub fn dhcp(interface: &str, link: &Link) -> io::Result<Self> {
-        Self::open(interface, link, ETHERTYPE_IPV4, &dhcp_filter(link.index))
+    pub fn dhcp(link: &Link) -> io::Result<Self> {
+        let socket = Self::open(link, ETHERTYPE_IPV4, &dhcp_filter(link.index))?;
+        grow_receive_buffer(&socket.0, RECEIVE_BUFFER);
+        Ok(socket)
     }
 
-    /// ARP packets.
-    pub fn arp(interface: &str, link: &Link) -> io::Result<Self> {
-        Self::open(interface, link, ETHERTYPE_ARP, &arp_filter(link.index))
+    /// ARP packets, once [`FrameSocket::listen_for_arp`] says so.
+    pub fn arp(link: &Link) -> io::Result<Self> {
+        Self::open(link, ETHERTYPE_ARP, &[ret(0)])
     }
 
-    fn open(interface: &str, link: &Link, ethertype: u16, filter: &[SockFilter]) -> io::Result<Self> {
-        let protocol = Protocol::from(i32::from(ethertype.to_be()));
-        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(protocol))?;
+    /// Begins to hear ARP packets on this link, or ceases to. What was not read is thrown away. Closing the socket instead
+    /// would wait for an RCU grace period.
+    pub fn listen_for_arp(&self, link: &Link, listen: bool) -> io::Result<()> {
+        if listen {
+            self.0.attach_filter(&arp_filter(link.index))?;
+        } else {
+            self.0.attach_filter(&[ret(0)])?;
+        }
+        while self.receive(&mut [0])?.is_some() {}
+        Ok(())
+    }
+
+    /// Without a protocol it hears nothing before it is bound.
+    fn open(link: &Link, ethertype: u16, filter: &[SockFilter]) -> io::Result<Self> {
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
         socket.attach_filter(filter)?;
         socket.set_nonblocking(true)?;
-        // Until it is bound it hears every interface, and until it had its filter it heard everything.
-        while receive(&socket, &mut [0])?.is_some() {}
-        grow_receive_buffer(&socket, RECEIVE_BUFFER);
-        bind(socket.as_raw_fd(), &link_address(interface, link.index)?)?;
+        socket.bind(&link_address(link, ethertype))?;
         Ok(Self(socket))
     }
 
@@ -86,14 +99,22 @@ fn grow_receive_buffer(socket: &Socket, bytes: usize) {
     }
 }
 
-/// The address to bind a packet socket to. Its protocol is 0, which leaves the socket the one that it was made with.
-fn link_address(interface: &str, index: u32) -> io::Result<LinkAddr> {
-    let addresses = nix::ifaddrs::getifaddrs().map_err(io::Error::from)?;
-    addresses
-        .filter(|entry| entry.interface_name == interface)
-        .find_map(|entry| entry.address?.as_link_addr().copied())
-        .filter(|address| u32::try_from(address.ifindex()) == Ok(index))
-        .ok_or_else(|| io::Error::from_raw_os_error(nix::libc::ENODEV))
+/// The address that makes a packet socket hear frames of this type on this interface (`struct sockaddr_ll`, packet(7)).
+#[expect(
+    unsafe_code,
+    reason = "no crate makes this address with a protocol in it. A socket that is made with its protocol, and bound \
+              without, hears every interface first; bind(2) then waits for an RCU grace period, tens of milliseconds \
+              in which nobody is answered"
+)]
+fn link_address(link: &Link, ethertype: u16) -> SockAddr {
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: storage is large and aligned enough for every kind of address, and this kind has no invalid values.
+    let address = unsafe { storage.view_as::<sockaddr_ll>() };
+    address.sll_family = AF_PACKET as u16;
+    address.sll_protocol = ethertype.to_be();
+    address.sll_ifindex = link.index.cast_signed();
+    // SAFETY: the address is that of its family, and as long as all of it.
+    unsafe { SockAddr::new(storage, size_of::<sockaddr_ll>() as u32) }
 }
 
 // Classic BPF, as in linux/filter.h: what to do, and the offset of what the kernel knows besides the bytes.

@@ -39,10 +39,7 @@ impl LockFile {
         let failed = |source| WatchError::Subscribe { what: "changes of the iptables lock file", source };
         let inotify =
             Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        #[expect(
-            deprecated,
-            reason = "its successor is unsafe, which this crate forbids; the descriptor is owned and stays"
-        )]
+        #[expect(deprecated, reason = "its successor is unsafe for no need of ours; the descriptor is owned and stays")]
         let inotify = AsyncFd::new(Descriptor(inotify)).map_err(failed)?;
         let mut lock = Self { inotify, path, watched: false };
         lock.attach();

@@ -14,6 +14,7 @@ use crate::dhcp::sockets::{FrameSocket, claim_port};
 const LINK_GROUP: u32 = 1;
 
 /// The bridge, open for business.
+#[derive(Debug)]
 pub(super) struct Bridge {
     pub link: Link,
     pub frames: FrameSocket,
@@ -29,7 +30,7 @@ impl Bridge {
             io::ErrorKind::AddrInUse => Error::PortTaken { interface: interface.to_owned() },
             _ => io("listen on port 67 (CAP_NET_BIND_SERVICE and CAP_NET_RAW are needed)")(error),
         })?;
-        let frames = FrameSocket::dhcp(interface, &link).map_err(io("open a packet socket (CAP_NET_RAW is needed)"))?;
+        let frames = FrameSocket::dhcp(&link).map_err(io("open a packet socket (CAP_NET_RAW is needed)"))?;
         Ok(Self { link, frames, _port: port })
     }
 }

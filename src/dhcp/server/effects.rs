@@ -109,7 +109,7 @@ impl Worker {
     fn start_probe(&mut self, ip: Ipv4Addr) {
         let now = self.now().monotonic;
         let Some(bridge) = &self.bridge else { return };
-        if let Err(error) = self.prober.start(&self.config.interface, &bridge.link, ip, now) {
+        if let Err(error) = self.prober.start(&bridge.link, ip, now) {
             tracing::warn!(%error, %ip, "cannot probe whether an address is in use");
         }
     }

@@ -15,12 +15,12 @@ use tokio::sync::watch;
 use super::bridge::{self, Bridge, LinkWatch};
 use super::effects::Waiting;
 use super::pace::Pace;
-use super::{Control, Error, wake};
+use super::{Control, Error, Prepared, wake};
 use crate::dhcp::arp::Prober;
 use crate::dhcp::engine::{Engine, Now, Settings};
 use crate::dhcp::netlink::Netlink;
 use crate::dhcp::reply::Parameters;
-use crate::dhcp::store::{self, Outcome, Store};
+use crate::dhcp::store::{Outcome, Store};
 use crate::dhcp::wire::{Kind, Malformed, Request};
 use crate::dhcp::{Config, Mac};
 use crate::dhcp::{addresses::Port, frame, routes};
@@ -65,6 +65,7 @@ impl Worker {
     /// Does everything that comes before the first answer.
     pub fn new(
         config: Config,
+        prepared: Prepared,
         grants: watch::Receiver<bool>,
         metrics: Arc<Metrics>,
         waker: UnixStream,
@@ -77,10 +78,15 @@ impl Worker {
         let mut netlink = Netlink::open().map_err(io("open a netlink socket"))?;
         let link = bridge::look_up(&mut netlink, &config.interface)?;
         let link = link.ok_or_else(|| Error::NoInterface { interface: config.interface.clone() })?;
-        // From here on requests queue up in the socket.
-        let bridge = Bridge::open(&config.interface, link)?;
-
-        let loaded = store::load(&config.lease_file)?;
+        let Prepared { bridge, loaded } = prepared;
+        // A port of the bridge that was can be claimed anew once the old claim is gone.
+        let bridge = match bridge.filter(|bridge| bridge.link.index == link.index) {
+            Some(mut bridge) => {
+                bridge.link = link;
+                bridge
+            }
+            None => Bridge::open(&config.interface, link)?,
+        };
         let (leases, lost) = (loaded.leases.clone(), loaded.lost);
         let (report, outcomes) = mpsc::channel();
         let store = Store::start(loaded, move |outcome| {
