@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch::Sender;
+use tokio::time::timeout;
 
 use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
@@ -26,6 +27,9 @@ use crate::watch::{self, Wake};
 /// How long isolation may be wanted and not verified before a quarantine.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a pass may take. Each tool has a deadline of its own; this is for whatever else may never answer.
+const PASS_LIMIT: Duration = Duration::from_secs(180);
+
 /// How often the same trouble is logged again.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
 
@@ -41,6 +45,9 @@ pub enum PassError {
     /// The host is not as it must be.
     #[error("the host cannot be made as pool.json asks")]
     Host(#[from] HostError),
+    /// Something never answered.
+    #[error("looking after the host took more than {} s and was given up", PASS_LIMIT.as_secs())]
+    Overdue,
 }
 
 /// How a daemon is to go about it.
@@ -135,7 +142,7 @@ impl Reconciler {
     pub async fn pass(&mut self, wake: Option<&Wake>) -> Result<watch::Outcome, PassError> {
         let begin = Instant::now();
         self.hold_the_line(wake.is_some_and(|wake| wake.besieged)).await;
-        let result = self.try_pass().await;
+        let result = timeout(PASS_LIMIT, self.try_pass()).await.unwrap_or(Err(PassError::Overdue));
         self.listeners.metrics.reconcile_took(begin.elapsed());
         match result {
             Ok(outcome) => {
@@ -258,7 +265,7 @@ impl Reconciler {
             // What it asked for last stands; whether that is what it asks for now nobody knows.
             return self.publish(false, &why);
         }
-        if self.isolation_holds().await {
+        if timeout(PASS_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
             self.unverified_since = None;
             return self.publish(true, "");
         }

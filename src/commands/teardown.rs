@@ -112,9 +112,10 @@ fn remove_state(state_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The lease file, its journal, and those that were moved aside.
+/// The lease file, its journal, one that was being made, and those that were moved aside.
 fn is_of_leases(name: &str) -> bool {
-    matches!(name, "leases.json" | "leases.journal") || name.starts_with("leases.json.corrupt-")
+    let whole = matches!(name, "leases.json" | "leases.journal" | "leases.journal.new");
+    whole || ["leases.json.corrupt-", "leases.journal.corrupt-"].iter().any(|aside| name.starts_with(aside))
 }
 
 async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {

@@ -22,11 +22,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 
+mod baseline;
 mod events;
 mod lock;
 mod look;
 mod pacer;
 
+use baseline::Baseline;
 use events::{Events, News};
 use lock::LockFile;
 use look::Glance;
@@ -41,9 +43,6 @@ const LEGACY_COST: u32 = 300;
 
 /// How often the ipset is read in quiet times.
 const SET_LOOK: Duration = Duration::from_secs(1);
-
-/// How long before a pass a look may have been taken to tell what the pass found.
-const FRESH: Duration = Duration::from_millis(100);
 
 /// Why the watch could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -166,35 +165,6 @@ struct Legacy {
 struct LegacyLook {
     spent_before: Duration,
     tables: Pin<Box<dyn Future<Output = u64> + Send>>,
-}
-
-/// What the last look saw and when, and what was seen when all was known to be well.
-#[derive(Debug)]
-struct Baseline<T> {
-    last: Option<(Instant, T)>,
-    good: Option<T>,
-}
-
-impl<T: Clone> Baseline<T> {
-    fn unknown() -> Self {
-        Self { last: None, good: None }
-    }
-
-    fn saw(&mut self, now: Instant, seen: T) {
-        self.last = Some((now, seen));
-    }
-
-    /// Draws the conclusion from a pass that started at `started`. If it was clean, what was seen just before is good.
-    /// After a repair nothing is known to be: what was seen before was the damage, and seeing that again must count.
-    /// After a failure, only a change counts; the retries are the pacer's.
-    fn judge(&mut self, outcome: Outcome, started: Instant) {
-        let fresh = self.last.as_ref().filter(|(at, _)| *at + FRESH >= started).map(|(_, seen)| seen.clone());
-        match outcome {
-            Outcome::Clean => self.good = fresh.or(self.good.take()),
-            Outcome::Repaired => self.good = None,
-            Outcome::Failed => self.good = self.last.as_ref().map(|(_, seen)| seen.clone()),
-        }
-    }
 }
 
 impl Watch {

@@ -79,10 +79,11 @@ pub enum FirewallError {
 }
 
 impl FirewallError {
-    /// Whether planning again may help: the tool ran and refused the transaction.
+    /// Whether planning again may help: the tool ran and refused the transaction. One that waited for the xtables lock in
+    /// vain has waited long enough.
     #[must_use]
     pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Write(CommandError::Failed { .. }))
+        matches!(self, Self::Write(error @ CommandError::Failed { .. }) if !is_about_the_lock(error))
     }
 }
 
@@ -219,12 +220,13 @@ fn blank_chains(json: &[u8]) -> Option<Vec<String>> {
     Some(chains)
 }
 
+/// Exit status 4 is `RESOURCE_PROBLEM`, which is more than the lock.
+fn is_about_the_lock(error: &CommandError) -> bool {
+    error.exit_code() == Some(4) && error.to_string().contains("lock")
+}
+
 fn lock_hint(error: &CommandError) -> &'static str {
-    if error.exit_code() == Some(4) && error.to_string().contains("lock") {
-        ": another program holds the xtables lock; try again when it is done"
-    } else {
-        ""
-    }
+    if is_about_the_lock(error) { ": another program holds the xtables lock; try again when it is done" } else { "" }
 }
 
 #[cfg(test)]
