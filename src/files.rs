@@ -14,6 +14,9 @@ use nix::sys::stat::{major, minor};
 /// Extended attribute of the folders that we made (`xattr(7)`).
 const MADE_BY_US: &str = "user.cocoon-net.made";
 
+/// How the names of files begin that are being written.
+const SCRATCH_PREFIX: &str = ".cocoon-net-";
+
 /// Mode of the state folder.
 pub const STATE_FOLDER_MODE: u32 = 0o750;
 
@@ -92,7 +95,8 @@ pub fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
 pub fn write_durably(path: &Path, contents: &[u8], mode: u32) -> Result<(), FileError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".cocoon-net-").tempfile_in(folder)?;
+        remove_scratch_of(path);
+        let mut file = tempfile::Builder::new().prefix(&scratch_prefix(path)).tempfile_in(folder)?;
         file.as_file().set_permissions(Permissions::from_mode(mode))?;
         file.write_all(contents)?;
         file.as_file().sync_all()?;
@@ -100,6 +104,27 @@ pub fn write_durably(path: &Path, contents: &[u8], mode: u32) -> Result<(), File
         File::open(folder)?.sync_all()
     };
     write().map_err(FileError::io("write", path))
+}
+
+/// How the names begin under which a file is written before it takes its place.
+fn scratch_prefix(path: &Path) -> String {
+    format!("{SCRATCH_PREFIX}{}-", path.file_name().unwrap_or_default().to_string_lossy())
+}
+
+/// Whether this is the name of a file that was being written, and that a killed process has left.
+#[must_use]
+pub fn is_scratch(name: &str) -> bool {
+    name.starts_with(SCRATCH_PREFIX)
+}
+
+/// Removes what killed processes left of writing this file. Nobody else is writing it: each file has a lock or an owner.
+fn remove_scratch_of(path: &Path) {
+    let prefix = scratch_prefix(path);
+    for entry in path.parent().and_then(|folder| fs::read_dir(folder).ok()).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix)) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Makes a folder and those above it that are missing. Each is marked, so that [`remove_made_folders`] knows it again.
@@ -140,18 +165,19 @@ fn is_missing(folder: &Path) -> bool {
 /// [`FileError::Io`] when they cannot: a read-only or full file system, say.
 pub fn check_writable(folder: &Path) -> Result<(), FileError> {
     let probe = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".cocoon-net-").tempfile_in(folder)?;
+        let mut file = tempfile::Builder::new().prefix(SCRATCH_PREFIX).tempfile_in(folder)?;
         file.write_all(&[0; 4096])?;
         file.as_file().sync_all()
     };
     probe().map_err(FileError::io("write to", folder))
 }
 
-/// Removes a file. Returns whether there was one.
+/// Removes a file, and what was to replace it. Returns whether there was one.
 ///
 /// # Errors
 /// [`FileError::Io`] when it is there and stays.
 pub fn remove(path: &Path) -> Result<bool, FileError> {
+    remove_scratch_of(path);
     match fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -305,6 +331,23 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o644);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_goes_with_the_next_write_and_with_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pool.json");
+        let others = dir.path().join(".cocoon-net-leases.json-x");
+        fs::write(&others, "").unwrap();
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+        for _ in 0..2 {
+            fs::write(dir.path().join(".cocoon-net-pool.json-Ab12"), "half").unwrap();
+            write_durably(&path, b"whole", 0o644).unwrap();
+            assert_eq!(names(), 2);
+        }
+        fs::write(dir.path().join(".cocoon-net-pool.json-Cd34"), "half").unwrap();
+        assert!(remove(&path).unwrap());
+        assert!(names() == 1 && others.exists());
     }
 
     #[test]

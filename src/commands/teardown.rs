@@ -104,7 +104,7 @@ fn remove_state(state_dir: &Path) -> Result<()> {
     let folder = std::fs::read_dir(state_dir).with_context(|| format!("cannot read {}", state_dir.display()))?;
     for entry in folder.flatten() {
         let name = entry.file_name();
-        if name.to_str().is_some_and(is_of_leases) {
+        if name.to_str().is_some_and(|name| is_of_leases(name) || files::is_scratch(name)) {
             files::remove(&entry.path())?;
         }
     }
