@@ -39,7 +39,7 @@ use pacer::{Due, Pacer};
 /// long, less often, so that looking costs at most a [`LEGACY_COST`]th of a core.
 const LEGACY_LOOK: Duration = Duration::from_secs(1);
 const LEGACY_LOOK_AT_MOST: Duration = Duration::from_secs(10);
-const LEGACY_COST: u32 = 300;
+const LEGACY_COST: u32 = 400;
 
 /// How often the ipset is read in quiet times.
 const SET_LOOK: Duration = Duration::from_secs(1);

@@ -6,7 +6,8 @@
 //! - The first event of a quiet time is acted on without delay; passes that follow each other closely are spread.
 //! - Passes and looks are paid for, in CPU time, out of a [`Budget`] that refills at a fixed share of a core. While it
 //!   lasts, every offence is repaired at once; when it is used up, repairs come as often as it refills. That is the
-//!   back-off: it needs no guess at how costly a pass is, and it never waits longer than [`LATEST`].
+//!   back-off: it needs no guess at how costly a pass is, and it never waits longer than [`LATEST`], or in a siege
+//!   [`LATEST_IN_SIEGE`] times what a pass costs: then the second wall stands while passes are rare.
 //! - After a repair come looks at growing intervals, because whoever undid it once is likely still at it.
 //! - While someone keeps undoing, looks come often ([`SIEGE_LOOK`]): not everything that matters sends events.
 
@@ -21,6 +22,13 @@ const BURST: Duration = Duration::from_millis(400);
 /// However busy it gets, a wanted pass starts at most this long after the one before it ended (a pass that itself
 /// costs more is waited out once).
 const LATEST: Duration = Duration::from_secs(1);
+
+/// The same in a siege, as a multiple of what the pass before cost: some 8 % of a core. The offender may have made passes
+/// dear, with thousands of rules of its own.
+const LATEST_IN_SIEGE: u32 = 12;
+
+/// However dear passes are, they are not further apart than this.
+const RAREST: Duration = Duration::from_secs(15);
 
 /// Bounds of the pause between passes that follow each other closely.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
@@ -196,7 +204,9 @@ impl Pacer {
 
     /// Repairs so far in the contest that is on at this moment.
     fn contest(&self, now: Instant) -> u32 {
-        self.contest.filter(|(_, last)| now.saturating_duration_since(*last) < CONTEST_QUIET).map_or(0, |(n, _)| n)
+        // Passes that come rarely must not look like peace.
+        let quiet = CONTEST_QUIET.max(2 * self.ended.map_or(Duration::ZERO, |(_, cost)| apart_in_siege(cost)));
+        self.contest.filter(|(_, last)| now.saturating_duration_since(*last) < quiet).map_or(0, |(n, _)| n)
     }
 
     fn look_interval(&self, now: Instant) -> Duration {
@@ -211,7 +221,10 @@ impl Pacer {
 
     /// `at`, or when the budget allows another pass, if that is later; within bounds.
     fn afford(&self, at: Instant) -> Instant {
-        let latest = self.ended.map_or(at, |(ended, cost)| ended + LATEST.max(cost));
+        let latest = self.ended.map_or(at, |(ended, cost)| {
+            let most = if self.besieged(ended) { apart_in_siege(cost) } else { cost };
+            ended + LATEST.max(most)
+        });
         at.max(self.budget.positive_again().min(latest))
     }
 
@@ -227,6 +240,11 @@ impl Pacer {
             },
         }
     }
+}
+
+/// How far apart passes of this cost may be in a siege.
+fn apart_in_siege(cost: Duration) -> Duration {
+    (cost * LATEST_IN_SIEGE).min(RAREST)
 }
 
 /// CPU time that may still be spent: it fills at [`SHARE_PERCENT`] of real time, up to [`BURST`], and may go below zero

@@ -106,7 +106,7 @@ fn each_offence_of_a_slow_loop_is_repaired_at_once() {
 
 #[test]
 fn a_tight_loop_cannot_make_it_burn_the_node() {
-    for (pass, period) in [(10, 1), (10, 20), (50, 5), (100, 1)] {
+    for (pass, period) in [(10, 1), (10, 20), (50, 5), (100, 1), (400, 1)] {
         let mut host = Simulation::new(millis(pass));
         host.siege(millis(period));
         assert!(host.spent < millis(6000), "passes of {pass} ms, offence each {period} ms: spent {:?}", host.spent);
@@ -114,12 +114,26 @@ fn a_tight_loop_cannot_make_it_burn_the_node() {
 }
 
 #[test]
-fn however_costly_the_pass_drift_is_open_for_less_than_two_seconds() {
+fn however_costly_the_pass_drift_is_open_for_less_than_two_seconds_until_it_is_a_siege() {
     for pass in [10, 100, 400] {
         let mut host = Simulation::new(millis(pass));
-        host.siege(millis(7));
+        while !host.pacer.besieged(host.now) {
+            host.offend();
+            host.step();
+        }
         assert!(host.worst < millis(2000), "passes of {pass} ms: open for {:?}", host.worst);
     }
+}
+
+#[test]
+fn rare_passes_of_a_siege_do_not_look_like_peace() {
+    let mut host = Simulation::new(millis(400));
+    host.siege(millis(7));
+    assert!(host.pacer.besieged(host.now));
+    let rarest = apart_in_siege(millis(400)) + millis(400);
+    assert!(host.worst <= rarest + PAUSE.1, "open for {:?}", host.worst);
+    host.now += 3 * rarest;
+    assert!(!host.pacer.besieged(host.now), "and peace does not look like a siege");
 }
 
 #[test]
