@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch::Sender;
-use tokio::time::timeout;
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
 
 use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
@@ -29,6 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a pass may take. Each tool has a deadline of its own; this is for whatever else may never answer.
 const PASS_LIMIT: Duration = Duration::from_secs(180);
+
+/// How long a pass may take before isolation counts as unverified. One that waits for a lock is done by then.
+const VERDICT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How often the same trouble is logged again.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
@@ -62,7 +66,7 @@ pub struct Options {
 }
 
 /// Who is told what the passes come to.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Listeners {
     /// Counters and gauges.
     pub metrics: Arc<Metrics>,
@@ -70,6 +74,31 @@ pub struct Listeners {
     pub health: Sender<Health>,
     /// Whether new leases may be granted.
     pub grants: Sender<bool>,
+}
+
+impl Listeners {
+    /// Isolation is as `pool.json` asks; `wishes` says what that is.
+    fn holds(&self, wishes: &str) {
+        self.publish(true, Health::Healthy, &format!("isolation as pool.json asks: {wishes}"));
+    }
+
+    /// Isolation is not verified.
+    fn fails(&self, why: &str) {
+        self.publish(false, Health::Unhealthy(why.to_owned()), &format!("isolation NOT verified: {why}"));
+    }
+
+    fn publish(&self, holds: bool, health: Health, status: &str) {
+        self.metrics.set_isolation_enforced(holds);
+        self.grants.send_if_modified(|granted| std::mem::replace(granted, holds) != holds);
+        let changed = self.health.send_if_modified(|now| {
+            let changed = *now != health;
+            *now = health;
+            changed
+        });
+        if changed {
+            systemd::notify(&[sd_notify::NotifyState::Status(status)]);
+        }
+    }
 }
 
 /// The daemon's view of its node.
@@ -141,8 +170,14 @@ impl Reconciler {
     /// [`PassError`], already counted and logged.
     pub async fn pass(&mut self, wake: Option<&Wake>) -> Result<watch::Outcome, PassError> {
         let begin = Instant::now();
-        self.hold_the_line(wake.is_some_and(|wake| wake.besieged)).await;
-        let result = timeout(PASS_LIMIT, self.try_pass()).await.unwrap_or(Err(PassError::Overdue));
+        let besieged = wake.is_some_and(|wake| wake.besieged);
+        let alarm = self.alarm_when_late();
+        let work = async {
+            self.hold_the_line(besieged).await;
+            self.try_pass().await
+        };
+        let result = timeout(PASS_LIMIT, work).await.unwrap_or(Err(PassError::Overdue));
+        alarm.abort();
         self.listeners.metrics.reconcile_took(begin.elapsed());
         match result {
             Ok(outcome) => {
@@ -156,10 +191,22 @@ impl Reconciler {
             }
             Err(error) => {
                 self.listeners.metrics.reconcile_failed();
-                self.unverified(&error).await;
+                self.unverified(&error, begin).await;
                 Err(error)
             }
         }
+    }
+
+    /// What was verified before a pass does not hold for ever: while one hangs, nobody knows.
+    fn alarm_when_late(&self) -> AbortHandle {
+        let (listeners, wanted) = (self.listeners.clone(), self.pool.config.wants_isolation());
+        let alarm = async move {
+            sleep(VERDICT_LIMIT).await;
+            if wanted {
+                listeners.fails("looking after the host takes long");
+            }
+        };
+        tokio::spawn(alarm).abort_handle()
     }
 
     /// While something keeps undoing the rules, the drop targets lead nowhere even between two repairs.
@@ -182,9 +229,11 @@ impl Reconciler {
             earlier: self.earlier.as_ref(),
             bridge_up: !self.quarantined,
         };
-        // Even while pool.json is unreadable, what it asked for last is kept true.
-        let mut outcome = self.host.converge(target).await?;
+        // Even while pool.json is unreadable, what it asked for last is kept true. Whatever came of that, what it asks for
+        // now is not known.
+        let converged = self.host.converge(target).await;
         followed?;
+        let mut outcome = converged?;
         if self.quarantined {
             tracing::warn!("isolation is verified again: taking {BRIDGE} up");
             self.quarantined = false;
@@ -245,7 +294,7 @@ impl Reconciler {
                 );
             }
             self.started = true;
-            return self.publish(false, "drops are asked for, but the daemon runs with --skip-iptables");
+            return self.listeners.fails("drops are asked for, but the daemon runs with --skip-iptables");
         }
         if self.unverified_since.take().is_some() && self.started {
             tracing::info!("the host is as pool.json asks again");
@@ -253,24 +302,26 @@ impl Reconciler {
         self.troubles = Repeated::default();
         self.skipped = false;
         self.started = true;
-        self.publish(true, "");
+        self.listeners.holds(&self.wishes());
     }
 
-    async fn unverified(&mut self, error: &PassError) {
+    /// A pass that began at `begin` has failed.
+    async fn unverified(&mut self, error: &PassError, begin: Instant) {
         let why = chain(error);
         if let Some(times) = self.troubles.say(&why) {
             tracing::error!(error = %why, times, "the host is not as pool.json asks");
         }
         if matches!(error, PassError::Pool(_)) {
             // What it asked for last stands; whether that is what it asks for now nobody knows.
-            return self.publish(false, &why);
+            return self.listeners.fails(&why);
         }
-        if timeout(PASS_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
+        let late = begin.elapsed() >= VERDICT_LIMIT;
+        if !late && timeout(VERDICT_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
             self.unverified_since = None;
-            return self.publish(true, "");
+            return self.listeners.holds(&self.wishes());
         }
-        self.publish(false, &why);
-        let since = *self.unverified_since.get_or_insert_with(Instant::now);
+        self.listeners.fails(&why);
+        let since = *self.unverified_since.get_or_insert(begin);
         if self.options.quarantine && !self.quarantined && since.elapsed() >= PATIENCE {
             self.quarantine().await;
         }
@@ -283,7 +334,8 @@ impl Reconciler {
         }
         let target = Target { earlier: self.earlier.as_ref(), ..Target::new(&self.pool.config, self.options.rules) };
         let looked = self.host.plan(target).await;
-        self.options.rules == Rules::Manage && looked.is_ok_and(|(plan, _)| !plan.breaks_isolation())
+        self.options.rules == Rules::Manage
+            && looked.is_ok_and(|(plan, _)| plan.obstacles.is_empty() && !plan.breaks_isolation())
     }
 
     /// Takes the bridge down, so that no VM sends or receives anything until isolation is verified.
@@ -298,24 +350,6 @@ impl Reconciler {
             },
             Ok(None) => {}
             Err(error) => tracing::error!(error = %chain(&error), "quarantine failed: {BRIDGE} cannot be found"),
-        }
-    }
-
-    fn publish(&self, holds: bool, why_not: &str) {
-        let health = if holds { Health::Healthy } else { Health::Unhealthy(why_not.to_owned()) };
-        self.listeners.metrics.set_isolation_enforced(holds);
-        self.listeners.grants.send_if_modified(|granted| std::mem::replace(granted, holds) != holds);
-        let changed = self.listeners.health.send_if_modified(|now| {
-            let changed = *now != health;
-            now.clone_from(&health);
-            changed
-        });
-        if changed {
-            let status = match &health {
-                Health::Healthy => format!("isolation as pool.json asks: {}", self.wishes()),
-                Health::Unhealthy(why) => format!("isolation NOT verified: {why}"),
-            };
-            systemd::notify(&[sd_notify::NotifyState::Status(&status)]);
         }
     }
 

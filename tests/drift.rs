@@ -289,6 +289,34 @@ fn a_set_that_is_flushed_deleted_or_edited_is_put_back() {
     }
 }
 
+/// What was verified once is not verified for ever.
+#[test]
+fn a_look_that_hangs_leaves_nothing_verified() {
+    let kept = Kept::new(Backend::Nft);
+    let enforced = |value: u32| kept.metrics().contains(&format!("cocoon_net_isolation_enforced {value}\n"));
+    assert!(enforced(1));
+    kept.node.fake_tool("iptables-save", "#!/bin/sh\nexec sleep 60\n");
+    kept.node.ok("iptables -F FORWARD");
+    assert!(support::eventually(Duration::from_secs(8), || enforced(0)), "{}", kept.metrics());
+    kept.node.real_again("iptables-save");
+    assert!(support::eventually(Duration::from_secs(30), || enforced(1)), "{}", kept.metrics());
+    assert!(kept.a.is_cut_off_from(INSIDE_TEN) && kept.a.reaches(INTERNET));
+}
+
+/// A daemon that keeps a bridge which is none does not say that it is isolated.
+#[test]
+fn a_bridge_that_is_replaced_by_something_else_is_not_isolation() {
+    let kept = Kept::new(Backend::Nft);
+    let enforced = |value: u32| kept.metrics().contains(&format!("cocoon_net_isolation_enforced {value}\n"));
+    // Faster than the daemon makes a bridge again, at some try.
+    let replace = "link del cni0\\nlink add cni0 type veth peer name cni0-peer\\n";
+    let replaced = || kept.node.run(["sh", "-c", &format!("printf '{replace}' | ip -batch -")]).code() == 0;
+    assert!(support::eventually(Duration::from_secs(10), replaced), "the bridge cannot be replaced");
+    assert!(support::eventually(Duration::from_secs(8), || enforced(0)), "{}", kept.metrics());
+    kept.node.ok("ip link del cni0");
+    assert!(support::eventually(Duration::from_secs(8), || enforced(1)), "{}", kept.metrics());
+}
+
 /// Done again and again, each offence is still repaired, and the daemon comes to rest afterwards.
 fn a_loop_is_withstood(backend: Backend, offence: &str) {
     let mut kept = Kept::new(backend);
