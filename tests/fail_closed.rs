@@ -215,7 +215,7 @@ fn a_chain_on_no_hook_is_not_taken_for_a_built_in_one() {
     let node = Node::new();
     node.ok("nft add table ip filter");
     node.ok("nft add chain ip filter FORWARD");
-    fails_and_leaves_nothing(&node, "chain `FORWARD` of table `filter` is on no hook");
+    fails_and_leaves_nothing(&node, "chain `FORWARD` of table `ip filter` is on no hook");
 }
 
 #[test]

@@ -109,7 +109,7 @@ pub async fn run(args: CheckArgs) -> Result<bool> {
 /// Everything that a plan would repair.
 fn rows_of_host(rows: &mut Rows, config: &NodeConfig, plan: &Plan, observed: &Observed) {
     for obstacle in &plan.obstacles {
-        rows.add(Verdict::Fail, "bridge", obstacle.clone());
+        rows.add(Verdict::Fail, "host", obstacle.clone());
     }
     let targets = config.drop_targets();
     let toggles = if targets.is_empty() { "not needed: nothing is dropped" } else { "bridged frames pass iptables" };

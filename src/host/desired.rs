@@ -230,8 +230,9 @@ fn input_drops(config: &NodeConfig) -> Vec<String> {
     let mut rules = Vec::new();
     if config.drops.metadata {
         // A metadata server on the node itself, and one that the node redirects to (as GKE's does): the address the
-        // VM asked for is the one conntrack remembers.
+        // VM asked for is the one conntrack remembers, unless it is told not to track.
         for range in config.platform.metadata_ranges() {
+            rules.push(format!("-d {range} -i {BRIDGE} {end}"));
             rules.push(format!("-i {BRIDGE} -m conntrack --ctorigdst {} {end}", range.addr()));
         }
     }

@@ -210,6 +210,15 @@ impl Plan {
                 }
                 self.steps.push(Step::Firewall(family, transaction));
             }
+            for (table, chain) in &standing.unhooked {
+                if chains.iter().any(|ours| ours.table == *table && ours.chain == *chain && !ours.is_empty()) {
+                    let nft = family.nft();
+                    self.obstacles.push(format!(
+                        "chain `{chain}` of table `{nft} {table}` is on no hook, so no packet meets its rules; delete \
+                         it (`nft delete chain {nft} {table} {chain}`), then try again"
+                    ));
+                }
+            }
             // Once what must stand in it stands.
             let used: BTreeSet<_> = chains.iter().filter(|chain| !chain.is_empty()).map(|chain| &chain.table).collect();
             for table in standing.dormant.iter().filter(|table| used.contains(table)) {
@@ -236,6 +245,13 @@ impl Plan {
         if !link.is_bridge {
             return self.obstacles.push(format!(
                 "{BRIDGE} is there but is not a bridge; rename or delete it (`ip link del {BRIDGE}`), then try again"
+            ));
+        }
+        if let Some(master) = link.master.filter(|_| !desired.guard.is_empty()) {
+            let name = observed.links.iter().find(|link| link.index == master).map_or("another interface", |l| &l.name);
+            return self.obstacles.push(format!(
+                "{BRIDGE} belongs to {name}: what VMs send would come in by that and meet no drop; take it out \
+                 (`ip link set {BRIDGE} nomaster`), then try again"
             ));
         }
         // The address that we make bridges with was pinned with them.
@@ -365,4 +381,57 @@ fn set_difference(set: &ipset::Set, wanted: &BTreeSet<Ipv4Net>) -> String {
     let stale = set.entries.keys().filter(|entry| !wanted.contains(entry)).count();
     let odd = set.oddities.first().map(|line| format!(", and it has `{line}`")).unwrap_or_default();
     format!("the ipset {} lacks {missing} of {} ranges and holds {stale} too many{odd}", ipset::SET, wanted.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::desired::Rules;
+    use super::super::links::Link;
+    use super::*;
+    use crate::config::Drops;
+
+    fn config(drops: Drops) -> NodeConfig {
+        NodeConfig {
+            platform: Platform::None,
+            node_name: "n1".parse().unwrap(),
+            subnet: "172.20.100.0/24".parse().unwrap(),
+            gateway: "172.20.100.1".parse().unwrap(),
+            primary_nic: "eth0".parse().unwrap(),
+            secondary_nics: Vec::new(),
+            dns: Vec::new(),
+            drops,
+            mtu: None,
+            cni_conf_dir: "/etc/cni/net.d".into(),
+        }
+    }
+
+    fn plan(config: &NodeConfig, observed: &Observed) -> Plan {
+        Plan::new(config, &Desired::for_node(config, Rules::Manage, observed), observed)
+    }
+
+    #[test]
+    fn a_bridge_that_belongs_to_a_vrf_is_no_place_for_drops() {
+        let vrf = Link { index: 7, name: "vrf-blue".to_owned(), ..Link::default() };
+        let bridge = Link { index: 8, name: BRIDGE.to_owned(), is_bridge: true, master: Some(7), ..Link::default() };
+        let observed = Observed { links: vec![vrf, bridge], ..Observed::default() };
+        let isolated = plan(&config(Drops { internal: true, ..Drops::default() }), &observed);
+        assert!(isolated.obstacles[0].contains("vrf-blue"), "{:?}", isolated.obstacles);
+        assert!(plan(&config(Drops::default()), &observed).obstacles.is_empty(), "without drops it is their business");
+    }
+
+    #[test]
+    fn a_chain_on_no_hook_stands_in_the_way_only_of_rules_in_it() {
+        let mut observed = Observed::default();
+        for chain in ["INPUT", "FORWARD"] {
+            observed.v4.unhooked.insert(("filter".to_owned(), chain.to_owned()));
+        }
+        let obstacles = plan(&config(Drops::default()), &observed).obstacles;
+        assert!(obstacles.len() == 1 && obstacles[0].contains("chain `FORWARD`"), "{obstacles:?}");
+        let teardown = Plan::new(
+            &config(Drops::default()),
+            &Desired::nothing(&config(Drops::default()), Rules::Manage),
+            &observed,
+        );
+        assert!(teardown.obstacles.is_empty());
+    }
 }

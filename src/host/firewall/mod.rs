@@ -16,6 +16,9 @@ pub use save::{Counters, Ruleset, SaveError, SavedRule, Table};
 
 use crate::command::{self, Command, CommandError};
 
+/// The built-in chains that there are in the tables we use.
+const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+
 /// How long iptables may wait for the xtables lock, in seconds.
 const LOCK_WAIT_SECONDS: &str = "10";
 
@@ -62,8 +65,8 @@ pub enum FirewallError {
     Tables(#[source] std::io::Error),
     /// A table would not be put on its hooks, or taken off.
     #[error(
-        "cannot change table `{table}`, which is dormant: its rules are listed but no packet meets them; wake it with \
-         `nft add table {family} {table}`"
+        "cannot change whether packets meet the rules of table `{family} {table}`; `nft add table {family} {table}` \
+         wakes one that is dormant, unless it belongs to a running process"
     )]
     Hook {
         /// The family, as nft names it.
@@ -120,6 +123,11 @@ pub async fn read(family: Family, backend: Backend) -> Result<Ruleset, FirewallE
     let tool = family.tool(backend, "-save");
     let output = Command::new(&tool).arg("-c").timeout(TIMEOUT).run().await.map_err(FirewallError::Read)?;
     let mut ruleset = Ruleset::parse(&output.text()).map_err(|source| FirewallError::Parse { tool, source })?;
+    if backend != Backend::Host {
+        ruleset.printed_by = Some(backend);
+    } else if ruleset.printed_by.is_none() {
+        ruleset.printed_by = Some(host_backend().await?);
+    }
     if ruleset.is_nft() {
         ruleset.dormant = tables::dormant(family).map_err(FirewallError::Tables)?;
     }
@@ -204,7 +212,6 @@ fn nft() -> Command {
 
 /// The chains of a table, as `nft -j list table` prints it, that holds nothing but built-in chains with policy accept.
 fn blank_chains(json: &[u8]) -> Option<Vec<String>> {
-    const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
     let listed: serde_json::Value = serde_json::from_slice(json).ok()?;
     let mut chains = Vec::new();
     for object in listed["nftables"].as_array()? {

@@ -42,7 +42,7 @@ pub(super) fn dormant(family: Family) -> io::Result<BTreeSet<String>> {
 /// Puts the chains of a table on their hooks, or takes them off. A table that is not there is left so.
 ///
 /// # Errors
-/// What the kernel answered: `EOPNOTSUPP` for a table that belongs to a running process (`flags owner`).
+/// What the kernel answered: `EPERM` for a table that belongs to a running process (`flags owner`).
 pub(super) fn set_dormant(family: Family, name: &str, dormant: bool) -> io::Result<()> {
     let Some(table) = list(family)?.into_iter().find(|table| table.name == name) else { return Ok(()) };
     let others = table.flags & !NFT_TABLE_F_DORMANT;
