@@ -43,10 +43,9 @@ impl Prober {
         if self.probes.is_empty() {
             socket.listen_for_arp(link, true)?;
         }
-        socket.send(&probe(link.mac, ip))?;
         self.probes.retain(|probe| probe.ip != ip);
         self.probes.push(Probe { ip, started: now, repeated: false });
-        Ok(())
+        socket.send(&probe(link.mac, ip))
     }
 
     /// Forgets everything: the bridge is another one.

@@ -42,6 +42,8 @@ impl FrameSocket {
         } else {
             self.0.attach_filter(&[ret(0)])?;
         }
+        // An interface that was down meanwhile has left an error behind, once.
+        let _ = self.receive(&mut [0]);
         while self.receive(&mut [0])?.is_some() {}
         Ok(())
     }

@@ -31,18 +31,26 @@ const LEASE_FILE_MODE: u32 = 0o644;
 pub struct Loaded {
     /// The leases, those that have run out among them.
     pub leases: Vec<Lease>,
-    /// Whether leases may have been lost: a file could not be read and was moved aside.
+    /// Whether leases may have been lost: a file cannot be read and will be moved aside.
     pub lost: bool,
+    damaged: Damaged,
     table: Table,
     journal: Journal,
     path: PathBuf,
     fresh: bool,
 }
 
-/// Reads `leases.json` and replays the journal beside it. Files that cannot be read are moved aside.
+/// Which files hold something else than what we wrote.
+#[derive(Debug, Clone, Copy)]
+struct Damaged {
+    leases: bool,
+    journal: bool,
+}
+
+/// Reads `leases.json` and replays the journal beside it. Nothing on disk changes before [`Store::start`].
 ///
 /// # Errors
-/// When a file cannot be read or moved for a reason other than its contents.
+/// When a file cannot be read for a reason other than its contents.
 pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         files::make_folders(folder, files::STATE_FOLDER_MODE).map_err(LeaseError::File)?;
@@ -59,18 +67,13 @@ pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
     for record in &replay.changes {
         if foreign { table.add(*record) } else { table.apply(*record) }
     }
-    if parsed.damaged {
-        move_aside(path)?;
-    }
-    if replay.damaged {
-        move_aside(&journal_path)?;
-    }
     let lost = parsed.damaged || replay.damaged;
     // What the journal said is in the table; it goes once the table is on disk.
     let fresh = journal.is_none() && !lost;
     let loaded = Loaded {
         leases: table.leases().collect(),
         lost,
+        damaged: Damaged { leases: parsed.damaged, journal: replay.damaged },
         table,
         journal: Journal::new(journal_path, if replay.damaged { 0 } else { replay.len }),
         path: path.to_owned(),
@@ -79,13 +82,17 @@ pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
     Ok(loaded)
 }
 
-/// Moves a file out of the way, for someone to look at.
-fn move_aside(path: &Path) -> Result<(), LeaseError> {
+/// Keeps a damaged file for someone to look at, under another name. `leases.json` keeps its own as well, until what could
+/// be read of it is written in its place.
+fn set_aside(path: &Path, keep: bool) -> Result<(), LeaseError> {
     let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
     let mut aside = path.as_os_str().to_owned();
     aside.push(format!(".corrupt-{time}"));
     let aside = PathBuf::from(aside);
-    match std::fs::rename(path, &aside) {
+    let linked = if keep { std::fs::hard_link(path, &aside) } else { std::fs::rename(path, &aside) };
+    match linked {
+        // Within a second of the last start.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
         Ok(()) => {
             tracing::error!(
                 file = %path.display(), moved_to = %aside.display(),
@@ -144,7 +151,7 @@ impl Store {
             failing: false,
             to_self: sender.clone(),
         };
-        writer.begin(loaded.fresh)?;
+        writer.begin(loaded.fresh, loaded.damaged)?;
         let thread = std::thread::Builder::new()
             .name("leases".to_owned())
             .stack_size(256 << 10)
@@ -215,12 +222,18 @@ struct Snapshot {
 impl Writer {
     /// Makes the files on disk a pair that belongs together: what was replayed goes into `leases.json` before the journal
     /// is started over.
-    fn begin(&mut self, fresh: bool) -> Result<(), LeaseError> {
+    fn begin(&mut self, fresh: bool, damaged: Damaged) -> Result<(), LeaseError> {
         Line::Base(self.table.digest()).write(&mut self.header);
         if fresh {
             return Ok(());
         }
+        if damaged.leases {
+            set_aside(&self.path, true)?;
+        }
         let saved = files::write_durably(&self.path, self.table.to_json().as_bytes(), LEASE_FILE_MODE);
+        if damaged.journal {
+            set_aside(self.journal.path(), false)?;
+        }
         if let Err(source) = saved {
             // A full disk, most likely. The journal that was replayed stays until there is room.
             tracing::error!(error = ?source, "the replayed leases cannot be written to leases.json yet");

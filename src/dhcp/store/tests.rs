@@ -171,6 +171,20 @@ fn an_unreadable_lease_file_is_moved_aside_and_the_journal_still_counts() {
 }
 
 #[test]
+fn a_start_that_comes_to_nothing_forgets_nothing() {
+    let mut bench = Bench::new();
+    assert!(bench.write(&[grant(1)]));
+    let mut crashed = bench.crash();
+    std::fs::write(crashed.path(), "torn").unwrap();
+    for _ in 0..2 {
+        let loaded = load(&crashed.path()).unwrap();
+        assert_eq!((loaded.leases.as_slice(), loaded.lost), ([lease(1)].as_slice(), true));
+        assert_eq!(std::fs::read_to_string(crashed.path()).unwrap(), "torn");
+    }
+    assert_eq!(crashed.start(), (vec![lease(1)], true));
+}
+
+#[test]
 fn a_damaged_journal_is_moved_aside_and_costs_no_whole_line() {
     let mut bench = Bench::new();
     assert!(bench.write(&[grant(1), grant(2), grant(3)]));
