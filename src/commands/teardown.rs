@@ -104,7 +104,7 @@ fn remove_state(state_dir: &Path) -> Result<()> {
     let folder = std::fs::read_dir(state_dir).with_context(|| format!("cannot read {}", state_dir.display()))?;
     for entry in folder.flatten() {
         let name = entry.file_name();
-        if name.to_str().is_some_and(|name| is_of_leases(name) || files::is_scratch(name)) {
+        if name.to_str().is_some_and(is_beside_the_pool) {
             files::remove(&entry.path())?;
         }
     }
@@ -112,10 +112,11 @@ fn remove_state(state_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The lease file, its journal, one that was being made, and those that were moved aside.
-fn is_of_leases(name: &str) -> bool {
+/// The lease file, its journal, one that was being made, those that were moved aside, and what a killed writer left.
+fn is_beside_the_pool(name: &str) -> bool {
     let whole = matches!(name, "leases.json" | "leases.journal" | "leases.journal.new");
-    whole || ["leases.json.corrupt-", "leases.journal.corrupt-"].iter().any(|aside| name.starts_with(aside))
+    let aside = ["leases.json.corrupt-", "leases.journal.corrupt-"].iter().any(|aside| name.starts_with(aside));
+    whole || aside || files::is_scratch(name)
 }
 
 async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
@@ -131,7 +132,7 @@ async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
     }
     .with_cloud(calls);
     for name in std::fs::read_dir(state_dir).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
-        if let Some(name) = name.to_str().filter(|name| is_of_leases(name)) {
+        if let Some(name) = name.to_str().filter(|name| is_beside_the_pool(name)) {
             changes.file(&state_dir.join(name), Some(""), None);
         }
     }
