@@ -15,6 +15,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 /// How long a host tool (`iptables-restore`, `sysctl`, ...) may take unless told otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long the end of a killed process is waited for: it may be stuck in the kernel.
+const REAP_LIMIT: Duration = Duration::from_secs(1);
+
 /// Output past this many bytes is an error: no tool we call has a reason to print more.
 const OUTPUT_LIMIT: u64 = 64 << 20;
 
@@ -208,7 +211,12 @@ impl Command {
         };
         let (stdout, stderr, status) = match tokio::time::timeout(self.timeout, work).await {
             Ok(done) => done.map_err(io)?,
-            Err(_) => return Err(CommandError::Timeout { argv, after: self.timeout }),
+            Err(_) => {
+                drop(group);
+                // What it has used of the processor counts as ours once it has been waited for.
+                let _ = tokio::time::timeout(REAP_LIMIT, child.wait()).await;
+                return Err(CommandError::Timeout { argv, after: self.timeout });
+            }
         };
         group.ended();
 

@@ -17,7 +17,7 @@ use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
 use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
-use crate::host::firewall::Backend;
+use crate::host::firewall::{Backend, FirewallError};
 use crate::host::plan::Plan;
 use crate::host::{Host, HostError, Outcome, Target, drops, summary};
 use crate::metrics::{Health, Metrics};
@@ -171,6 +171,7 @@ impl Reconciler {
     pub async fn pass(&mut self, wake: Option<&Wake>) -> Result<watch::Outcome, PassError> {
         let begin = Instant::now();
         let besieged = wake.is_some_and(|wake| wake.besieged);
+        self.host.besieged(besieged);
         let alarm = self.alarm_when_late();
         let work = async {
             self.hold_the_line(besieged).await;
@@ -315,8 +316,10 @@ impl Reconciler {
             // What it asked for last stands; whether that is what it asks for now nobody knows.
             return self.listeners.fails(&why);
         }
+        // Rules that could not be read just now will not be read at once.
+        let blind = matches!(error, PassError::Host(HostError::Firewall(FirewallError::Read(_))));
         let late = begin.elapsed() >= VERDICT_LIMIT;
-        if !late && timeout(VERDICT_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
+        if !blind && !late && timeout(VERDICT_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
             self.unverified_since = None;
             return self.listeners.holds(&self.wishes());
         }

@@ -21,6 +21,7 @@ pub mod sysctl;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use desired::{Desired, Rules};
 use firewall::{Backend, Family, FirewallError};
@@ -73,6 +74,8 @@ pub struct Host {
     pub links: links::Links,
     /// Why iptables would not take a rule over a set, once it would not.
     set_refused: Mutex<Option<String>>,
+    /// Whether somebody keeps changing the rules.
+    besieged: AtomicBool,
     /// Kernel parameters that are not required and would not be set: said once, and not tried again.
     given_up: Mutex<BTreeSet<String>>,
 }
@@ -144,7 +147,7 @@ impl Host {
     /// # Errors
     /// [`HostError::Link`] when there is no netlink socket to be had.
     pub fn open() -> Result<Self, HostError> {
-        Ok(Self { links: links::Links::open(true)?, set_refused: Mutex::new(None), given_up: Mutex::default() })
+        Ok(Self::with(links::Links::open(true)?))
     }
 
     /// Opens the host for looking only.
@@ -152,7 +155,29 @@ impl Host {
     /// # Errors
     /// As for [`Host::open`].
     pub fn open_to_look() -> Result<Self, HostError> {
-        Ok(Self { links: links::Links::open(false)?, set_refused: Mutex::new(None), given_up: Mutex::default() })
+        Ok(Self::with(links::Links::open(false)?))
+    }
+
+    fn with(links: links::Links) -> Self {
+        let (set_refused, besieged, given_up) = (Mutex::new(None), AtomicBool::new(false), Mutex::default());
+        Self { links, set_refused, besieged, given_up }
+    }
+
+    /// Says whether somebody keeps changing the rules, so that reading them may never end.
+    pub fn besieged(&self, besieged: bool) {
+        self.besieged.store(besieged, Ordering::Relaxed);
+    }
+
+    fn is_besieged(&self) -> bool {
+        self.besieged.load(Ordering::Relaxed)
+    }
+
+    async fn read_rules(&self, family: Family) -> Result<firewall::Ruleset, FirewallError> {
+        if self.is_besieged() {
+            firewall::read_in_siege(family, Backend::Host).await
+        } else {
+            firewall::read(family, Backend::Host).await
+        }
     }
 
     /// Compares the host with what the configuration wants.
@@ -205,7 +230,9 @@ impl Host {
     pub async fn converge(&self, target: Target<'_>) -> Result<Outcome, HostError> {
         let mut first: Option<(Plan, Observed)> = None;
         let mut refused = None;
-        for _ in 0..ATTEMPTS {
+        // In a siege each further attempt is as likely to be undone, and reading may be dear.
+        let attempts = if self.is_besieged() { 1 } else { ATTEMPTS };
+        for _ in 0..attempts {
             let (plan, observed) = self.plan(target).await?;
             let (found, before) = first.get_or_insert_with(|| (plan.clone(), observed.clone())).clone();
             if plan.is_empty() {

@@ -7,7 +7,7 @@ use ipnet::Ipv4Net;
 
 use super::cni::Isolation;
 use super::desired::{Rules, needs_set};
-use super::firewall::{self, Backend, Family, Ruleset};
+use super::firewall::{Family, Ruleset};
 use super::guest_agent;
 use super::ipset::{self, SetState};
 use super::links::Link;
@@ -73,8 +73,8 @@ impl Observed {
         let (v4, v6, set) = match rules {
             Rules::Manage => {
                 let (v4, v6, set) = tokio::join!(
-                    firewall::read(Family::V4, Backend::Host),
-                    firewall::read(Family::V6, Backend::Host),
+                    host.read_rules(Family::V4),
+                    host.read_rules(Family::V6),
                     ipset::read(needs_set(config))
                 );
                 (v4?, v6?, host.set_refused().map_or(set?, SetState::Unavailable))

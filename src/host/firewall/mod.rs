@@ -25,6 +25,10 @@ const LOCK_WAIT_SECONDS: &str = "10";
 /// How long an iptables tool may take in all.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long reading may take while somebody else keeps writing. iptables-nft starts over whenever the ruleset has changed
+/// meanwhile, and so may never end, at full speed.
+const TIMEOUT_IN_SIEGE: Duration = Duration::from_secs(1);
+
 /// An address family with iptables tools of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -120,8 +124,20 @@ impl Family {
 /// # Errors
 /// [`FirewallError`] unless the tool exits 0 and all of what it printed was understood.
 pub async fn read(family: Family, backend: Backend) -> Result<Ruleset, FirewallError> {
+    read_within(TIMEOUT, family, backend).await
+}
+
+/// The same where it is better to know nothing than to find out at any cost.
+///
+/// # Errors
+/// As for [`read`].
+pub async fn read_in_siege(family: Family, backend: Backend) -> Result<Ruleset, FirewallError> {
+    read_within(TIMEOUT_IN_SIEGE, family, backend).await
+}
+
+async fn read_within(timeout: Duration, family: Family, backend: Backend) -> Result<Ruleset, FirewallError> {
     let tool = family.tool(backend, "-save");
-    let output = Command::new(&tool).arg("-c").timeout(TIMEOUT).run().await.map_err(FirewallError::Read)?;
+    let output = Command::new(&tool).arg("-c").timeout(timeout).run().await.map_err(FirewallError::Read)?;
     let mut ruleset = Ruleset::parse(&output.text()).map_err(|source| FirewallError::Parse { tool, source })?;
     if backend != Backend::Host {
         ruleset.printed_by = Some(backend);
