@@ -50,8 +50,8 @@ pub enum PassError {
     #[error("the host cannot be made as pool.json asks")]
     Host(#[from] HostError),
     /// Something never answered.
-    #[error("looking after the host took more than {} s and was given up", PASS_LIMIT.as_secs())]
-    Overdue,
+    #[error("looking after the host took more than {} s and was given up", .0.as_secs())]
+    Overdue(Duration),
 }
 
 /// How a daemon is to go about it.
@@ -173,11 +173,13 @@ impl Reconciler {
         let besieged = wake.is_some_and(|wake| wake.besieged);
         self.host.besieged(besieged);
         let alarm = self.alarm_when_late();
+        // A quarantine comes when it is due, whatever hangs.
+        let limit = if self.options.quarantine { PATIENCE } else { PASS_LIMIT };
         let work = async {
             self.hold_the_line(besieged).await;
             self.try_pass().await
         };
-        let result = timeout(PASS_LIMIT, work).await.unwrap_or(Err(PassError::Overdue));
+        let result = timeout(limit, work).await.unwrap_or(Err(PassError::Overdue(limit)));
         alarm.abort();
         self.listeners.metrics.reconcile_took(begin.elapsed());
         match result {
@@ -312,16 +314,16 @@ impl Reconciler {
         if let Some(times) = self.troubles.say(&why) {
             tracing::error!(error = %why, times, "the host is not as pool.json asks");
         }
-        if matches!(error, PassError::Pool(_)) {
-            // What it asked for last stands; whether that is what it asks for now nobody knows.
-            return self.listeners.fails(&why);
-        }
         // Rules that could not be read just now will not be read at once.
         let blind = matches!(error, PassError::Host(HostError::Firewall(FirewallError::Read(_))));
         let late = begin.elapsed() >= VERDICT_LIMIT;
         if !blind && !late && timeout(VERDICT_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
             self.unverified_since = None;
-            return self.listeners.holds(&self.wishes());
+            return match error {
+                // What it asked for last holds; whether that is what it asks for now nobody knows.
+                PassError::Pool(_) => self.listeners.fails(&why),
+                _ => self.listeners.holds(&self.wishes()),
+            };
         }
         self.listeners.fails(&why);
         let since = *self.unverified_since.get_or_insert(begin);
@@ -341,8 +343,15 @@ impl Reconciler {
             && looked.is_ok_and(|(plan, _)| plan.obstacles.is_empty() && !plan.breaks_isolation())
     }
 
+    /// After a first pass that failed: takes the bridge down unless isolation holds all the same.
+    pub async fn quarantine_unless_isolated(&mut self) {
+        if !timeout(VERDICT_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
+            self.quarantine().await;
+        }
+    }
+
     /// Takes the bridge down, so that no VM sends or receives anything until isolation is verified.
-    pub async fn quarantine(&mut self) {
+    async fn quarantine(&mut self) {
         match self.host.links.index_of(BRIDGE).await {
             Ok(Some(bridge)) => match self.host.links.set_down(bridge, BRIDGE).await {
                 Ok(()) => {

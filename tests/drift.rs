@@ -303,6 +303,24 @@ fn a_look_that_hangs_leaves_nothing_verified() {
     assert!(kept.a.is_cut_off_from(INSIDE_TEN) && kept.a.reaches(INTERNET));
 }
 
+/// With `--quarantine` VMs are cut off when isolation cannot be restored, and let on again when it can.
+#[test]
+fn a_node_that_cannot_be_isolated_is_quarantined_until_it_can() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    let a = node.vm("a");
+    let _daemon = node.daemon("--quarantine");
+    assert!(a.is_cut_off_from(INSIDE_TEN) && a.reaches(INTERNET));
+    let down = || node.run("ip link show dev cni0 up").stdout.is_empty();
+    node.fake_tool("iptables-restore", "#!/bin/sh\ncat >/dev/null\nexit 1\n");
+    node.ok("iptables -F FORWARD");
+    assert!(support::eventually(Duration::from_secs(20), down), "not taken down");
+    assert!(a.is_cut_off_from(GATEWAY));
+    node.real_again("iptables-restore");
+    assert!(support::eventually(Duration::from_secs(10), || !down()), "not taken up");
+    assert!(a.reaches(INTERNET) && a.is_cut_off_from(INSIDE_TEN));
+}
+
 /// A daemon that keeps a bridge which is none does not say that it is isolated.
 #[test]
 fn a_bridge_that_is_replaced_by_something_else_is_not_isolation() {

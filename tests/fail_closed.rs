@@ -186,6 +186,8 @@ fn a_dormant_table_is_not_taken_for_isolation() {
     assert!(a.reaches(INSIDE_TEN), "a dormant table is no isolation, whatever iptables lists");
     let check = node.cocoon("check").exited(3);
     assert!(check.stdout.contains("FAIL  rules") && check.stdout.contains("dormant"), "{check}");
+    let status = node.cocoon("status").succeeded();
+    assert!(status.stdout.matches("NOT ENFORCED").count() == 2, "{status}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::cli::CheckArgs;
 use crate::command;
 use crate::config::{BRIDGE, NodeConfig};
 use crate::dhcp::leases;
-use crate::files::{self, Holder, PID_FILE};
+use crate::files::{self, Holder, LOCK_WAIT, PID_FILE, StateLock};
 use crate::host::backstop::{self, Backstop};
 use crate::host::desired::{self, Rules};
 use crate::host::firewall::{self, Backend, Family};
@@ -267,6 +267,8 @@ async fn rows_of_backstop(rows: &mut Rows, daemon: bool) -> Result<()> {
 }
 
 async fn prove(pool: &Pool, state_dir: &Path, observed: &Observed, daemon: bool) -> Result<probe::Report> {
+    // Two probes would take each other's interfaces for leftovers.
+    let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let config = &pool.config;
     let isolation = desired::wanted_isolation(config, observed).ports;
     let by_plugin = match cni::bridge_plugin() {

@@ -120,8 +120,8 @@ async fn load_pool(state_dir: &Path) -> Result<Pool> {
 /// What cannot be verified ends the daemon, with the rules that stand left standing and, if so told, the bridge down.
 async fn configure(node: &mut Reconciler, args: &DaemonArgs) -> Result<Watch> {
     if let Err(error) = node.pass(None).await {
-        if args.quarantine && node.pool().config.wants_isolation() {
-            node.quarantine().await;
+        if args.quarantine {
+            node.quarantine_unless_isolated().await;
         }
         return Err(error).context("this node could not be configured, so the daemon does not start");
     }

@@ -23,11 +23,18 @@ pub async fn run(args: StatusArgs) -> Result<()> {
     let pool = Pool::load(state_dir)?;
     let cloud = cloud_rows(&pool).await;
     let leases = active_leases(&state_dir.join("leases.json"));
-    let drops = if privileges::can_administer() { drop_targets(&pool).await } else { None };
+    let looked = if privileges::can_administer() { look(&pool).await } else { None };
     if args.json {
-        return super::print_line(&format!("{:#}", to_json(&pool, &cloud, &leases, drops.as_deref())));
+        let drops = looked.as_ref().map(|looked| looked.drops.as_slice());
+        return super::print_line(&format!("{:#}", to_json(&pool, &cloud, &leases, drops)));
     }
-    super::print_line(&to_text(&pool, &cloud, &leases, drops.as_deref()))
+    super::print_line(&to_text(&pool, &cloud, &leases, looked.as_ref()))
+}
+
+/// What was found on the host.
+struct Looked {
+    drops: Vec<DropTarget>,
+    host_is_closed: bool,
 }
 
 /// What the cloud adds; left out with a warning when it cannot be reached.
@@ -50,10 +57,13 @@ fn active_leases(path: &Path) -> Vec<Lease> {
     }
 }
 
-async fn drop_targets(pool: &Pool) -> Option<Vec<DropTarget>> {
+async fn look(pool: &Pool) -> Option<Looked> {
     let look = async { Host::open_to_look()?.plan(Target::new(&pool.config, Rules::Manage)).await };
     match look.await {
-        Ok((plan, observed)) => Some(drops::read(&pool.config, &observed, &plan)),
+        Ok((plan, observed)) => Some(Looked {
+            drops: drops::read(&pool.config, &observed, &plan),
+            host_is_closed: drops::host_is_closed(&plan),
+        }),
         Err(error) => {
             tracing::warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the rules could not be read");
             None
@@ -61,7 +71,7 @@ async fn drop_targets(pool: &Pool) -> Option<Vec<DropTarget>> {
     }
 }
 
-fn to_text(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[DropTarget]>) -> String {
+fn to_text(pool: &Pool, cloud: &StatusRows, leases: &[Lease], looked: Option<&Looked>) -> String {
     let config = &pool.config;
     let updated = pool.updated_at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
     let mut rows: Vec<(&str, String)> = vec![
@@ -75,8 +85,9 @@ fn to_text(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[Dr
     rows.extend(cloud.iter().cloned());
     rows.push(("Leases", format!("{} active, {} free", leases.len(), pool.ips.len().saturating_sub(leases.len()))));
     let targets = config.drop_targets();
-    let lines: Vec<String> = match drops {
-        Some(drops) => drops
+    let lines: Vec<String> = match looked {
+        Some(looked) => looked
+            .drops
             .iter()
             .map(|drop| {
                 let state = if drop.enforced { "enforced" } else { "NOT ENFORCED" };
@@ -89,7 +100,12 @@ fn to_text(pool: &Pool, cloud: &StatusRows, leases: &[Lease], drops: Option<&[Dr
         rows.push((if number == 0 { "Drops" } else { "" }, line));
     }
     if config.drops.host {
-        rows.push(("Host", "new connections from VMs to this node are dropped".to_owned()));
+        let state = match looked {
+            Some(looked) if looked.host_is_closed => "new connections from VMs to this node are dropped",
+            Some(_) => "NOT ENFORCED: VMs may open connections to this node",
+            None => "not looked at",
+        };
+        rows.push(("Host", state.to_owned()));
     }
     let label = |label: &str| if label.is_empty() { String::new() } else { format!("{label}:") };
     rows.iter().map(|(name, value)| format!("{:<12}{value}", label(name))).collect::<Vec<_>>().join("\n")

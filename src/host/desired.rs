@@ -59,6 +59,14 @@ pub struct Firewall {
     pub set: Option<BTreeSet<Ipv4Net>>,
 }
 
+impl Firewall {
+    /// Whether anything is dropped.
+    #[must_use]
+    pub fn has_drops(&self) -> bool {
+        self.v4.iter().chain(&self.v6).any(|chain| !chain.head.is_empty())
+    }
+}
+
 /// Everything that must be true of the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Desired {

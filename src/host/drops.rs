@@ -25,14 +25,30 @@ pub struct DropTarget {
 /// Every drop target of the configuration. `plan` is what would have to be done for them to be enforced.
 #[must_use]
 pub fn read(config: &NodeConfig, observed: &Observed, plan: &Plan) -> Vec<DropTarget> {
-    let bridged = !plan.kinds().contains(&Drift::BridgeToggle);
+    let met = are_met(plan);
     let targets = config.drop_targets().into_iter();
     let read = |cidr| {
         let between_vms = config.drops.internal && cidr == config.subnet.net();
-        let enforced = bridged && !is_touched(plan, cidr) && !(between_vms && leaks_between_vms(plan));
+        let enforced = met && !is_touched(plan, cidr) && !(between_vms && leaks_between_vms(plan));
         DropTarget { cidr, enforced, packets: counted(cidr, observed) }
     };
     targets.map(read).collect()
+}
+
+/// Whether the node itself is closed to the VMs, where that is asked for.
+#[must_use]
+pub fn host_is_closed(plan: &Plan) -> bool {
+    let touches_input = |step: &Step| match step {
+        Step::Firewall(_, transaction) => transaction.changes.iter().any(|change| change.chain == "INPUT"),
+        _ => false,
+    };
+    are_met(plan) && !plan.steps.iter().any(touches_input)
+}
+
+/// Whether packets meet the rules that stand, whatever these say.
+fn are_met(plan: &Plan) -> bool {
+    let kinds = plan.kinds();
+    plan.obstacles.is_empty() && !kinds.contains(&Drift::BridgeToggle) && !kinds.contains(&Drift::RulesDormant)
 }
 
 /// Whether the plan has to do anything about the rules or the set that drop this range.
@@ -67,12 +83,13 @@ fn in_set(observed: &Observed) -> bool {
 
 fn counted(cidr: Ipv4Net, observed: &Observed) -> u64 {
     let mut counters = Counters::default();
+    // INPUT: what was dropped on its way to a metadata server on the node itself, or by way of a redirection to one.
     if let Ok(rule) = Rule::parse(&drop_rule(cidr)) {
-        for saved in observed.v4.chain("filter", "FORWARD").iter().filter(|saved| saved.rule == rule) {
+        let chains = ["FORWARD", "INPUT"].into_iter().flat_map(|chain| observed.v4.chain("filter", chain));
+        for saved in chains.filter(|saved| saved.rule == rule) {
             counters += saved.counters;
         }
     }
-    // What was dropped on its way to a metadata server on the node itself.
     let asked_for = cidr.addr().to_string();
     for saved in observed.v4.chain("filter", "INPUT") {
         if saved.rule.is_our_drop() && saved.rule.argument("--ctorigdst") == Some(&asked_for) {

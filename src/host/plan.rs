@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use ipnet::Ipv4Net;
 
 use super::cni;
-use super::desired::{Desired, Part};
+use super::desired::{Desired, Firewall, Part};
 use super::firewall::{self, Family};
 use super::guest_agent;
 use super::ipset::{self, SetState};
@@ -247,7 +247,8 @@ impl Plan {
                 "{BRIDGE} is there but is not a bridge; rename or delete it (`ip link del {BRIDGE}`), then try again"
             ));
         }
-        if let Some(master) = link.master.filter(|_| !desired.guard.is_empty()) {
+        let drops = desired.firewall.as_ref().is_some_and(Firewall::has_drops);
+        if let Some(master) = link.master.filter(|_| drops) {
             let name = observed.links.iter().find(|link| link.index == master).map_or("another interface", |l| &l.name);
             return self.obstacles.push(format!(
                 "{BRIDGE} belongs to {name}: what VMs send would come in by that and meet no drop; take it out \
