@@ -94,18 +94,18 @@ pub struct NodeArgs {
     pub dns: DnsList,
     /// No VM-to-VM traffic in the subnet
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub drop_internal_access: bool,
     /// VMs may not reach CIDR; can be given more than once
     #[arg(long, value_name = "CIDR", value_delimiter = ',', action = ArgAction::Append)]
     pub drop_cidr: Vec<DropCidr>,
     /// VMs may not reach the cloud's metadata service, which hands out the node's credentials
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub drop_metadata_access: bool,
     /// VMs may not open connections to the node itself, but for DHCP and ping
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub drop_host_access: bool,
     /// MTU of cni0 and of the VMs, in bytes [default: the primary NIC's]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
@@ -134,7 +134,7 @@ pub struct StateArgs {
 pub struct DryRunArgs {
     /// Print what would change, exactly, and change nothing
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub dry_run: bool,
     /// With --dry-run: print it as JSON
     #[arg(long, requires = "dry_run")]
@@ -149,7 +149,7 @@ pub struct AdoptArgs {
     pub node: NodeArgs,
     /// Apply the rules now; otherwise they take effect when the daemon starts
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub manage_iptables: bool,
 }
 
@@ -163,14 +163,14 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "FILE")]
     pub lease_file: Option<PathBuf>,
     /// How long a lease lasts, such as 24h or 1h30m
-    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lease_time)]
     pub lease_time: Duration,
     /// Addresses that one bridge port may hold; 0: no limit
     #[arg(long, value_name = "N", default_value_t = 8, allow_negative_numbers = true)]
     pub port_lease_limit: u32,
     /// Write no rules; isolation is then not enforced, and said not to be
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub skip_iptables: bool,
     /// Where /metrics and /healthz are served: HOST:PORT, or :PORT for all addresses; empty turns it off
     #[arg(long, value_name = "ADDR", env = "COCOON_NET_METRICS_ADDR", default_value = ":9092")]
@@ -180,7 +180,7 @@ pub struct DaemonArgs {
     pub reconcile_interval: Duration,
     /// Take cni0 down while isolation is wanted and could not be verified for 10 s
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value = "false",
-          action = ArgAction::Set, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
+          action = ArgAction::Set, value_parser = switch, value_name = "BOOL", hide_default_value = true, hide_possible_values = true)]
     pub quarantine: bool,
 }
 
@@ -241,6 +241,24 @@ fn duration(text: &str) -> Result<Duration, String> {
     parsed.filter(|duration| !duration.is_zero()).ok_or_else(|| "write a length of time, such as 24h or 30s".to_owned())
 }
 
+/// Seconds are what DHCP counts in, and half of the lease must be some.
+fn lease_time(text: &str) -> Result<Duration, String> {
+    let parsed = duration(text)?;
+    if parsed < Duration::from_secs(2) { Err("a lease lasts at least 2s".to_owned()) } else { Ok(parsed) }
+}
+
+/// Reads a switch: the values that Go's `strconv.ParseBool` takes.
+///
+/// # Errors
+/// What to write instead.
+pub fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("write true or false".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,6 +267,32 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn switches_are_read_as_the_go_program_reads_them() {
+        let parse = |value: &str| {
+            let line = ["cocoon-net", "daemon", &format!("--quarantine={value}")];
+            Cli::try_parse_from(line).map(|cli| match cli.command {
+                Command::Daemon(args) => args.quarantine,
+                _ => unreachable!("the command is `daemon`"),
+            })
+        };
+        for (value, on) in [("true", true), ("1", true), ("T", true), ("False", false), ("0", false)] {
+            assert_eq!(parse(value).unwrap(), on, "{value}");
+        }
+        for bad in ["", "yes", "tRuE", "2"] {
+            let error = parse(bad).unwrap_err().to_string();
+            assert!(error.contains("--quarantine"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_lease_lasts_whole_seconds() {
+        assert_eq!(lease_time("2s"), Ok(Duration::from_secs(2)));
+        for bad in ["1s", "500ms", "1ns", "0s", "soon"] {
+            assert!(lease_time(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::cli::CheckArgs;
+use crate::cli::{CheckArgs, switch};
 use crate::command;
 use crate::config::{BRIDGE, NodeConfig};
 use crate::dhcp::leases;
@@ -246,7 +246,9 @@ fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&Holder>) {
 
 fn skips_iptables(daemon: &Holder) -> bool {
     let line = daemon.to_string();
-    line.replace('`', " ").split_whitespace().any(|word| matches!(word, "--skip-iptables" | "--skip-iptables=true"))
+    let line = line.replace('`', " ");
+    let mut flags = line.split_whitespace().filter_map(|word| word.strip_prefix("--skip-iptables"));
+    flags.any(|value| value.is_empty() || value.strip_prefix('=').is_some_and(|value| switch(value) == Ok(true)))
 }
 
 /// The second wall is the daemon's answer to a siege; without one it only waits to be forgotten.
