@@ -35,6 +35,9 @@ const FRAME_LEN: usize = 2048;
 /// How often the routes are compared with the leases, and a bridge that went away is looked for.
 const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
+/// Time between two looks at the bridge while links keep changing.
+const LINK_PAUSE: Duration = Duration::from_millis(100);
+
 /// A difference between the clocks that grows by more than this was set, not drifted.
 const CLOCK_STEP: SignedDuration = SignedDuration::from_secs(2);
 
@@ -57,6 +60,8 @@ pub(super) struct Worker {
     /// Wall clock less monotonic clock, as last seen.
     offset: Timestamp,
     next_check: Duration,
+    /// Until then news of links wait.
+    next_news: Duration,
     pace: Pace,
     pub(super) log: super::host::LogLimit,
 }
@@ -110,6 +115,7 @@ impl Worker {
             start: Instant::now(),
             offset: Timestamp::now(),
             next_check: CHECK_INTERVAL,
+            next_news: Duration::ZERO,
             pace: Pace::default(),
             log: super::host::LogLimit::default(),
             config,
@@ -156,21 +162,25 @@ impl Worker {
     fn wait(&mut self, woken: &UnixStream) -> Result<(), Error> {
         let now = self.now().monotonic;
         let probes = self.bridge.as_ref().and_then(|bridge| self.prober.tick(&bridge.link, now));
-        let next = [self.engine.next_tick(), probes, Some(self.next_check)].into_iter().flatten().min();
+        let for_news = now >= self.next_news;
+        let news_due = (!for_news).then_some(self.next_news);
+        let next = [self.engine.next_tick(), probes, news_due, Some(self.next_check)].into_iter().flatten().min();
         let left = next.unwrap_or(self.next_check).saturating_sub(now);
         // Rounded up, so that what is due is due.
         let millis = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
 
         let frames = self.bridge.as_ref().map(|bridge| bridge.frames.as_fd());
-        let sources = [Some(woken.as_fd()), Some(self.links.as_fd()), frames, self.prober.fd()];
+        let links = for_news.then(|| self.links.as_fd());
+        let sources = [Some(woken.as_fd()), frames, self.prober.fd(), links];
         let mut fds: Vec<PollFd<'_>> =
             sources.into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(self.io("wait for requests")(error.into())),
         }
-        let link_news = fds.get(1).is_some_and(|fd| fd.any().unwrap_or(true));
+        let link_news = for_news && fds.last().is_some_and(|fd| fd.any().unwrap_or(true));
         if link_news {
+            self.next_news = now + LINK_PAUSE;
             self.links.drain();
             self.follow_the_bridge()?;
         }
