@@ -20,13 +20,18 @@ use support::{Backend, INSIDE_TEN, INTERNET, Node, Process};
 const PORT: u16 = 9;
 const PACKET: Duration = Duration::from_millis(1);
 
-const OFFENCES: [(&str, &str); 5] = [
+const OFFENCES: [(&str, &str); 7] = [
     ("flush", "iptables -F FORWARD"),
     ("ACCEPT at the head", "iptables -I FORWARD -j ACCEPT"),
     ("whole-table restore", "printf '*filter\n:FORWARD ACCEPT\nCOMMIT\n' | iptables-restore"),
     ("bridge toggle to 0", "sysctl -qw net.bridge.bridge-nf-call-iptables=0"),
     ("port away and back", "ip link set veth-a nomaster; ip link set veth-a master cni0"),
+    ("bridge made again", "ip link del cni0; ip link add cni0 type bridge; ip link set veth-a master cni0"),
+    (NFT_ONLY, "nft flush ruleset"),
 ];
+
+/// Legacy rules are no part of the ruleset that nft knows.
+const NFT_ONLY: &str = "nft flush ruleset";
 
 /// Pauses between two offences, in seconds.
 const PAUSES: [&str; 3] = ["1", "0.2", "0"];
@@ -41,7 +46,7 @@ fn main() {
             let (cpu, held, _) = measure(backend, None, time);
             println!("  {name:8}{:24}{:>8}{:>10.2} %{:>10.1} %", "nothing", "", cpu * 100.0, held * 100.0);
         }
-        for (what, offence) in OFFENCES {
+        for (what, offence) in OFFENCES.into_iter().filter(|(what, _)| name == "nft" || *what != NFT_ONLY) {
             for pause in PAUSES.into_iter().filter(|pause| format!("{name} {what} {pause}").contains(&only)) {
                 let looped = format!("while :; do {offence}; sleep {pause}; done");
                 let (cpu, held, lines) = measure(backend, Some(&looped), time);

@@ -271,7 +271,7 @@ impl Reconciler {
         for kind in found.kinds() {
             self.listeners.metrics.drift_repaired(kind.name());
         }
-        let by = wake.by.as_ref().map(|(name, pid)| format!("{name} (PID {pid})")).unwrap_or_default();
+        let by = wake.by.as_ref().map(|(name, pid)| format!("{name} (PID {pid})"));
         if !wake.besieged {
             tracing::warn!(found = %what, by, "the host had drifted and was repaired");
         } else if let Some(times) = self.repairs.say(&what) {
