@@ -69,9 +69,22 @@ fn counters_survive(backend: Backend, targets: usize) {
     let mut daemon = node.daemon("");
     comes_to_count(&node, &mut daemon, 15);
 
+    // The rules are lost with their counters, and put back.
+    node.ok("iptables -F FORWARD");
+    assert!(eventually(PROMISE, || node
+        .rules("filter", "FORWARD")
+        .iter()
+        .any(|rule| rule.contains("cocoon-net-drop"))));
+    daemon.stop();
+    let mut daemon = node.daemon("");
+    comes_to_count(&node, &mut daemon, 15);
+
     // A target more, and over or under the number from which on there is a set.
     node.adopt(flags(if targets < 16 { 30 } else { 3 })).succeeded();
     knock(&vm, 2);
+    comes_to_count(&node, &mut daemon, 17);
+    daemon.stop();
+    let mut daemon = node.daemon("");
     comes_to_count(&node, &mut daemon, 17);
     assert!(vm.is_cut_off_from(INSIDE_TEN));
 }

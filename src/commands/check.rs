@@ -58,7 +58,9 @@ impl Rows {
             self.add(Verdict::Ok, what, right);
         }
         for finding in found {
-            self.add(Verdict::Fail, what, finding.text.clone());
+            // The kernel of a host may refuse these; isolation does not need them.
+            let verdict = if finding.kind == Drift::OptionalSysctl { Verdict::Warn } else { Verdict::Fail };
+            self.add(verdict, what, finding.text.clone());
         }
     }
 
@@ -131,7 +133,7 @@ fn rows_of_host(rows: &mut Rows, config: &NodeConfig, plan: &Plan, observed: &Ob
     for nic in config.uplinks().iter().filter(|nic| observed.link(nic.as_str()).is_none()) {
         rows.add(Verdict::Warn, "uplinks", format!("there is no interface {nic}"));
     }
-    rows.of_kinds(plan, "sysctls", &[Drift::Sysctl], "forwarding is on, rp_filter is off");
+    rows.of_kinds(plan, "sysctls", &[Drift::Sysctl, Drift::OptionalSysctl], "forwarding is on, rp_filter is off");
     if config.platform == crate::config::Platform::Gke {
         rows.of_kinds(plan, "local route", &[Drift::LocalRoute], "the guest agent's route is not there");
         rows.of_kinds(plan, "cron file", &[Drift::Cron], "in place");

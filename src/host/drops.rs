@@ -1,5 +1,7 @@
 //! Each drop target: whether it is enforced, and how many packets it has dropped.
 
+use std::collections::BTreeMap;
+
 use ipnet::Ipv4Net;
 use serde::Serialize;
 
@@ -26,11 +28,14 @@ pub struct DropTarget {
 #[must_use]
 pub fn read(config: &NodeConfig, observed: &Observed, plan: &Plan) -> Vec<DropTarget> {
     let met = are_met(plan);
+    let forwarded = Forwarded::read(observed);
     let targets = config.drop_targets().into_iter();
     let read = |cidr| {
         let between_vms = config.drops.internal && cidr == config.subnet.net();
         let enforced = met && !is_touched(plan, cidr) && !(between_vms && leaks_between_vms(plan));
-        DropTarget { cidr, enforced, packets: counted(cidr, observed) }
+        let mut counters = forwarded.target(cidr);
+        counters += dropped_by_input(cidr, observed);
+        DropTarget { cidr, enforced, packets: counters.packets }
     };
     targets.map(read).collect()
 }
@@ -81,25 +86,80 @@ fn in_set(observed: &Observed) -> bool {
         .any(|saved| saved.rule.is_our_drop() && saved.rule.uses_set(ipset::SET))
 }
 
-fn counted(cidr: Ipv4Net, observed: &Observed) -> u64 {
-    let mut counters = Counters::default();
-    // INPUT: what was dropped on its way to a metadata server on the node itself, or by way of a redirection to one.
-    if let Ok(rule) = Rule::parse(&drop_rule(cidr)) {
-        let chains = ["FORWARD", "INPUT"].into_iter().flat_map(|chain| observed.v4.chain("filter", chain));
-        for saved in chains.filter(|saved| saved.rule == rule) {
-            counters += saved.counters;
+/// What FORWARD has dropped so far of each range, by a rule of its own or by an entry of the set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Forwarded(BTreeMap<Ipv4Net, Counters>);
+
+impl Forwarded {
+    /// What the rules and the set that stand have counted; where neither is left, what they had before.
+    #[must_use]
+    pub fn read(observed: &Observed) -> Self {
+        let mut this = Self::standing(observed);
+        for (range, counters) in &observed.dropped_before.0 {
+            this.0.entry(*range).or_insert(*counters);
+        }
+        this
+    }
+
+    /// What the rules and the set that stand have counted.
+    #[must_use]
+    pub fn standing(observed: &Observed) -> Self {
+        let mut this = Self::default();
+        let chain = observed.v4.chain("filter", "FORWARD");
+        for (range, counters) in chain.iter().filter_map(|saved| Some((dropped_range(&saved.rule)?, saved.counters))) {
+            this.add(range, counters);
+        }
+        if let (true, SetState::Present(set)) = (in_set(observed), &observed.set) {
+            for (entry, counters) in &set.entries {
+                this.add(*entry, *counters);
+            }
+        }
+        this
+    }
+
+    fn add(&mut self, range: Ipv4Net, counters: Counters) {
+        for entry in ipset::entries(&[range].into()).into_iter().take(1) {
+            *self.0.entry(entry).or_default() += counters;
         }
     }
-    let asked_for = cidr.addr().to_string();
-    for saved in observed.v4.chain("filter", "INPUT") {
-        if saved.rule.is_our_drop() && saved.rule.argument("--ctorigdst") == Some(&asked_for) {
-            counters += saved.counters;
-        }
+
+    /// What an entry of the set counts on from.
+    #[must_use]
+    pub fn entry(&self, entry: Ipv4Net) -> Counters {
+        self.0.get(&entry).copied().unwrap_or_default()
     }
-    if let (true, SetState::Present(set)) = (in_set(observed), &observed.set) {
+
+    /// What the rule of a drop target counts on from.
+    #[must_use]
+    pub fn target(&self, cidr: Ipv4Net) -> Counters {
+        let mut sum = Counters::default();
         for entry in ipset::entries(&[cidr].into()) {
-            counters += set.entries.get(&entry).copied().unwrap_or_default();
+            sum += self.entry(entry);
+        }
+        sum
+    }
+}
+
+/// The range that a plain drop rule of ours is about.
+#[must_use]
+pub fn dropped_range(rule: &Rule) -> Option<Ipv4Net> {
+    let range = match rule.argument("-d") {
+        Some(range) => range.parse().ok()?,
+        None => Ipv4Net::default(),
+    };
+    (rule.is_our_drop() && Rule::parse(&drop_rule(range)).as_ref() == Ok(rule)).then_some(range)
+}
+
+/// What INPUT has dropped: on its way to a metadata server on the node itself, or by way of a redirection to one.
+fn dropped_by_input(cidr: Ipv4Net, observed: &Observed) -> Counters {
+    let asked_for = cidr.addr().to_string();
+    let mut sum = Counters::default();
+    for saved in observed.v4.chain("filter", "INPUT") {
+        let rule = &saved.rule;
+        let redirected = rule.is_our_drop() && rule.argument("--ctorigdst") == Some(&asked_for);
+        if redirected || dropped_range(rule) == Some(cidr) {
+            sum += saved.counters;
         }
     }
-    counters.packets
+    sum
 }

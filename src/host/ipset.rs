@@ -74,13 +74,13 @@ pub async fn read(wanted: bool) -> Result<SetState, SetError> {
     }
 }
 
-/// Makes the set hold exactly `ranges`, in one swap.
+/// Makes the set hold exactly these entries, counting on from what each has counted, in one swap.
 ///
 /// # Errors
 /// [`SetError`]; the old set is then still in place.
-pub async fn fill(ranges: &BTreeSet<Ipv4Net>, old: &SetState) -> Result<(), SetError> {
+pub async fn fill(entries: &BTreeMap<Ipv4Net, Counters>, old: &SetState) -> Result<(), SetError> {
     destroy_leftover().await?;
-    let restore = Command::new("ipset").arg("restore").stdin(fill_input(ranges, old));
+    let restore = Command::new("ipset").arg("restore").stdin(fill_input(entries, old));
     restore.run().await.map(drop).map_err(|source| SetError::Command { doing: "fill", source })
 }
 
@@ -117,16 +117,12 @@ pub fn entries(ranges: &BTreeSet<Ipv4Net>) -> BTreeSet<Ipv4Net> {
         .collect()
 }
 
-fn fill_input(ranges: &BTreeSet<Ipv4Net>, old: &SetState) -> String {
-    let room = ranges.len().next_power_of_two().max(DEFAULT_MAX_ENTRIES);
+fn fill_input(entries: &BTreeMap<Ipv4Net, Counters>, old: &SetState) -> String {
+    let room = entries.len().next_power_of_two().max(DEFAULT_MAX_ENTRIES);
     let shape = format!("hash:net family inet maxelem {room} counters");
     let mut input = format!("create {NEXT} {shape}\n");
-    for range in ranges {
-        let counters = match old {
-            SetState::Present(set) => set.entries.get(range).copied().unwrap_or_default(),
-            _ => Counters::default(),
-        };
-        let _ = writeln!(input, "add {NEXT} {range} packets {} bytes {}", counters.packets, counters.bytes);
+    for (range, Counters { packets, bytes }) in entries {
+        let _ = writeln!(input, "add {NEXT} {range} packets {packets} bytes {bytes}");
     }
     if !matches!(old, SetState::Present(_)) {
         let _ = writeln!(input, "create {SET} {shape}");
@@ -207,8 +203,9 @@ mod tests {
     }
 
     #[test]
-    fn a_set_is_filled_beside_the_old_one_and_keeps_its_counters() {
-        let input = fill_input(&ranges(&["10.0.0.0/8"]), &SetState::Present(Set::parse(SAVED)));
+    fn a_set_is_filled_beside_the_old_one_and_counts_on() {
+        let entries = BTreeMap::from([("10.0.0.0/8".parse().unwrap(), Counters { packets: 5, bytes: 10 })]);
+        let input = fill_input(&entries, &SetState::Present(Set::parse(SAVED)));
         assert!(input.contains("add cocoon-net-next 10.0.0.0/8 packets 5 bytes 10\n"), "{input}");
         assert!(!input.contains("create cocoon-net-drop "), "{input}");
         assert!(input.ends_with("swap cocoon-net-next cocoon-net-drop\ndestroy cocoon-net-next\n"), "{input}");

@@ -24,6 +24,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use desired::{Desired, Rules};
+use drops::Forwarded;
 use firewall::{Backend, Family, FirewallError};
 use observe::{Observed, Scope};
 use plan::{Finding, Plan};
@@ -78,6 +79,8 @@ pub struct Host {
     besieged: AtomicBool,
     /// Kernel parameters that are not required and would not be set: said once, and not tried again.
     given_up: Mutex<BTreeSet<String>>,
+    /// What was dropped up to the last look that found the host as wanted.
+    dropped: Mutex<Forwarded>,
 }
 
 /// What the host is to be made.
@@ -159,8 +162,13 @@ impl Host {
     }
 
     fn with(links: links::Links) -> Self {
-        let (set_refused, besieged, given_up) = (Mutex::new(None), AtomicBool::new(false), Mutex::default());
-        Self { links, set_refused, besieged, given_up }
+        Self {
+            links,
+            set_refused: Mutex::default(),
+            besieged: AtomicBool::default(),
+            given_up: Mutex::default(),
+            dropped: Mutex::default(),
+        }
     }
 
     /// Says whether somebody keeps changing the rules, so that reading them may never end.
@@ -236,7 +244,7 @@ impl Host {
             let (plan, observed) = self.plan(target).await?;
             let (found, before) = first.get_or_insert_with(|| (plan.clone(), observed.clone())).clone();
             if plan.is_empty() {
-                return Ok(Outcome { found, before, after: observed });
+                return Ok(self.converged(found, before, observed));
             }
             refused = match self.apply(&plan).await {
                 Ok(()) => None,
@@ -249,10 +257,17 @@ impl Host {
         }
         let (plan, after) = self.plan(target).await?;
         match (first, refused) {
-            (Some((found, before)), _) if plan.is_empty() => Ok(Outcome { found, before, after }),
+            (Some((found, before)), _) if plan.is_empty() => Ok(self.converged(found, before, after)),
             (_, Some(error)) => Err(error.into()),
             (_, None) => Err(HostError::NotConverged(summary(&plan.findings))),
         }
+    }
+
+    fn converged(&self, found: Plan, before: Observed, after: Observed) -> Outcome {
+        if let Ok(mut dropped) = self.dropped.lock() {
+            *dropped = Forwarded::standing(&after);
+        }
+        Outcome { found, before, after }
     }
 
     /// What [`Host::clear`] would do.
@@ -322,6 +337,10 @@ impl Host {
     /// Why sets cannot be had, when iptables refused a rule over one.
     fn set_refused(&self) -> Option<String> {
         self.set_refused.lock().ok().and_then(|refused| refused.clone())
+    }
+
+    fn dropped_before(&self) -> Forwarded {
+        self.dropped.lock().map(|dropped| dropped.clone()).unwrap_or_default()
     }
 
     fn learn_about_sets(&self, plan: &Plan, error: &firewall::FirewallError) {

@@ -7,6 +7,7 @@ use ipnet::Ipv4Net;
 
 use super::cni::Isolation;
 use super::desired::{Rules, needs_set};
+use super::drops::Forwarded;
 use super::firewall::{Family, Ruleset};
 use super::guest_agent;
 use super::ipset::{self, SetState};
@@ -37,6 +38,8 @@ pub struct Observed {
     pub local_route: bool,
     /// Addresses that have the route of a lease; read only when the node is given back.
     pub lease_routes: Vec<Ipv4Addr>,
+    /// What was dropped up to the last look that found the host as wanted, by rules that may since be gone.
+    pub dropped_before: Forwarded,
 }
 
 impl Default for Observed {
@@ -51,6 +54,7 @@ impl Default for Observed {
             cron: None,
             local_route: false,
             lease_routes: Vec::new(),
+            dropped_before: Forwarded::default(),
         }
     }
 }
@@ -111,6 +115,7 @@ impl Observed {
             cron: files::read_optional(&guest_agent::cron_path())?,
             local_route,
             lease_routes,
+            dropped_before: host.dropped_before(),
         })
     }
 

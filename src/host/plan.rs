@@ -10,6 +10,7 @@ use ipnet::Ipv4Net;
 
 use super::cni;
 use super::desired::{Desired, Firewall, Part};
+use super::drops::{self, Forwarded};
 use super::firewall::{self, Family};
 use super::guest_agent;
 use super::ipset::{self, SetState};
@@ -44,6 +45,8 @@ pub enum Drift {
     Uplink,
     /// A kernel parameter differs.
     Sysctl,
+    /// A kernel parameter differs that the host is better off with, but can do without.
+    OptionalSysctl,
     /// The guest agent's local route is back.
     LocalRoute,
     /// The CNI configuration differs.
@@ -70,6 +73,7 @@ impl Drift {
             Self::PortIsolation => "port_isolation",
             Self::Uplink => "uplink",
             Self::Sysctl => "sysctl",
+            Self::OptionalSysctl => "optional_sysctl",
             Self::LocalRoute => "local_route",
             Self::Conflist => "conflist",
             Self::Cron => "cron",
@@ -195,7 +199,10 @@ impl Plan {
                     SetState::Present(set) => set_difference(set, entries),
                     _ => format!("the ipset {} is missing", ipset::SET),
                 };
-                let step = Step::FillSet { entries: entries.clone(), old: observed.set.clone() };
+                // Entries count on from what the set or a rule in its stead has counted.
+                let counted = Forwarded::read(observed);
+                let entries = entries.iter().map(|entry| (*entry, counted.entry(*entry))).collect();
+                let step = Step::FillSet { entries, old: observed.set.clone() };
                 self.step(Drift::Set, text, step);
             }
         }
@@ -204,6 +211,7 @@ impl Plan {
         {
             let mut transaction = firewall::diff(chains, standing);
             if !transaction.is_empty() {
+                count_on(&mut transaction, observed);
                 let tool = family.tool(firewall::Backend::Host, "");
                 for Finding { kind, text } in std::mem::take(&mut transaction.findings) {
                     self.findings.push(Finding { kind, text: format!("{tool}: {text}") });
@@ -305,7 +313,8 @@ impl Plan {
             // That of a bridge which is missing is no news beside the missing bridge.
             if now.is_some() || observed.bridge().is_some() {
                 let text = format!("{} {reading} and not {}", setting.key, setting.value);
-                self.findings.push(Finding { kind: Drift::Sysctl, text });
+                let kind = if setting.required { Drift::Sysctl } else { Drift::OptionalSysctl };
+                self.findings.push(Finding { kind, text });
             }
             wrong.push((setting.clone(), now));
         }
@@ -369,6 +378,19 @@ impl Plan {
     fn remove_file(&mut self, kind: Drift, path: PathBuf, old: &Option<Vec<u8>>) {
         if let Some(old) = old.clone() {
             self.step(kind, format!("{} is left", path.display()), Step::RemoveFile { path, old });
+        }
+    }
+}
+
+/// Drop rules count on from those that they replace, from their entries in the set, or from what they had before they
+/// were lost.
+fn count_on(transaction: &mut firewall::Transaction, observed: &Observed) {
+    let counted = Forwarded::read(observed);
+    let inserted =
+        |change: &&mut firewall::RuleChange| change.action == firewall::Action::Insert && change.chain == "FORWARD";
+    for change in transaction.changes.iter_mut().filter(inserted) {
+        if let Some(range) = drops::dropped_range(&change.rule) {
+            change.counters = counted.target(range);
         }
     }
 }

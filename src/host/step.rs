@@ -1,6 +1,6 @@
 //! The steps of a plan, and how an operator reads them.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use ipnet::Ipv4Net;
 
 use super::desired::Bridge;
-use super::firewall::{self, Family, Transaction};
+use super::firewall::{self, Counters, Family, Transaction};
 use super::ipset::{self, SetState};
 use super::links::{self, Mac};
 use super::sysctl::Setting;
@@ -21,9 +21,9 @@ pub enum Step {
     Guard(Vec<&'static str>),
     /// Fill the set of drop targets and swap it in.
     FillSet {
-        /// What it must hold.
-        entries: BTreeSet<Ipv4Net>,
-        /// What it holds: entries keep their counters.
+        /// What it must hold, each with what has been counted so far.
+        entries: BTreeMap<Ipv4Net, Counters>,
+        /// What it holds.
         old: SetState,
     },
     /// Change rules.
@@ -193,7 +193,7 @@ fn rule_lines(family: Family, transaction: &Transaction) -> Vec<Line> {
     transaction.changes.iter().map(line).collect()
 }
 
-fn set_lines(new: Option<&BTreeSet<Ipv4Net>>, old: &SetState) -> Vec<Line> {
+fn set_lines(new: Option<&BTreeMap<Ipv4Net, Counters>>, old: &SetState) -> Vec<Line> {
     let nothing = ipset::Set::default();
     let (had, old) = match old {
         SetState::Present(set) => (true, set),
@@ -203,12 +203,15 @@ fn set_lines(new: Option<&BTreeSet<Ipv4Net>>, old: &SetState) -> Vec<Line> {
     if had != new.is_some() {
         lines.push(Line { added: new.is_some(), text: format!("ipset {} hash:net counters", ipset::SET) });
     }
-    let is_new = |entry: &Ipv4Net| new.is_some_and(|new| new.contains(entry));
+    let is_new = |entry: &Ipv4Net| new.is_some_and(|new| new.contains_key(entry));
     let entry = |added, entry: &dyn fmt::Display| Line { added, text: format!("ipset {} {entry}", ipset::SET) };
     lines.extend(old.entries.keys().filter(|range| !is_new(range)).map(|range| entry(false, range)));
     lines.extend(old.oddities.iter().map(|oddity| entry(false, oddity)));
     lines.extend(
-        new.into_iter().flatten().filter(|range| !old.entries.contains_key(range)).map(|range| entry(true, range)),
+        new.into_iter()
+            .flat_map(BTreeMap::keys)
+            .filter(|range| !old.entries.contains_key(range))
+            .map(|range| entry(true, range)),
     );
     lines
 }
