@@ -132,6 +132,17 @@ fn a_node_inside_a_dropped_range_is_a_warning() {
 }
 
 #[test]
+fn reverse_path_filtering_fails_on_the_bridge_and_is_a_warning_on_an_uplink() {
+    is_found_out("net/ipv4/conf/cni0/rp_filter", |node| node.set_sysctl("net/ipv4/conf/cni0/rp_filter", "1"));
+    let node = isolated();
+    let _daemon = paused_daemon(&node);
+    let uplink = "net/ipv4/conf/ens4/rp_filter";
+    node.set_sysctl(uplink, "1");
+    let output = node.cocoon("check").succeeded();
+    assert!(output.stdout.lines().any(|row| row.starts_with("WARN") && row.contains(uplink)), "{output}");
+}
+
+#[test]
 fn rules_stranded_in_the_other_backend_are_named() {
     let node = isolated();
     let _daemon = paused_daemon(&node);

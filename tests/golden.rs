@@ -179,3 +179,15 @@ fn port_isolation_that_a_node_has_is_not_lost_silently() {
     assert_eq!(conflist["plugins"][0]["portIsolation"], json!(true), "{conflist}");
     assert_eq!(conflist["plugins"][0]["macspoofchk"], json!(true), "{conflist}");
 }
+
+#[test]
+fn port_isolation_that_a_node_has_moves_with_the_cni_folder() {
+    let node = gke().build();
+    node.write(CONFLIST, include_str!("golden/conflist.json"));
+    node.adopt("").succeeded();
+    node.adopt("--cni-conf-dir /run/cni").succeeded();
+    let conflist = node.read_json("/run/cni/30-cocoon-dhcp.conflist");
+    assert!(!node.exists(CONFLIST), "the old one is gone");
+    assert_eq!(conflist["plugins"][0]["portIsolation"], json!(true), "{conflist}");
+    assert_eq!(conflist["plugins"][0]["macspoofchk"], json!(true), "{conflist}");
+}

@@ -37,9 +37,9 @@ pub async fn host_then_state(
 ) -> Result<()> {
     let _lock = LockFile::acquire(Path::new(HOST_LOCK), LOCK_WAIT).await?;
     let config = pool.config.clone();
-    let before = host.observe(&config, rules).await.context("cannot look at this host, so nothing was changed")?;
+    let target = Target::new(&config, rules).replacing(earlier);
+    let before = host.observe(target).await.context("cannot look at this host, so it was left as it is")?;
     let change = async {
-        let target = Target::new(&config, rules).replacing(earlier);
         let outcome = host.converge(target).await.context("cannot configure this host")?;
         pool.save(state_dir)?;
         Ok(outcome)
@@ -49,20 +49,14 @@ pub async fn host_then_state(
             warn_about(&config, &outcome.after);
             Ok(())
         }
-        Err(error) => Err(undone(error, host, &config, rules, &before).await),
+        Err(error) => Err(undone(error, host, target, &before).await),
     }
 }
 
 /// Takes back what was done to the host, after `error`, and returns that error.
-async fn undone(
-    error: anyhow::Error,
-    host: &Host,
-    config: &NodeConfig,
-    rules: Rules,
-    before: &Observed,
-) -> anyhow::Error {
-    let reverted = host.revert(config, rules, before).await;
-    files::remove_made_folders(&config.cni_conf_dir);
+async fn undone(error: anyhow::Error, host: &Host, target: Target<'_>, before: &Observed) -> anyhow::Error {
+    let reverted = host.revert(target, before).await;
+    files::remove_made_folders(&target.config.cni_conf_dir);
     match reverted {
         Ok(()) => error,
         Err(failures) => {

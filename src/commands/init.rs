@@ -8,8 +8,8 @@ use crate::cloud::limits::Limits;
 use crate::cloud::progress::Progress;
 use crate::config::Platform;
 use crate::files::{self, LOCK_WAIT, StateLock};
-use crate::host::Host;
 use crate::host::desired::Rules;
+use crate::host::{Host, Target};
 use crate::pool::Pool;
 
 use super::configure;
@@ -55,7 +55,9 @@ async fn claim_and_configure(
     request: &Request,
 ) -> Result<()> {
     // What would make isolation impossible is found out before the cloud is asked for anything.
-    host.observe(&pool.config, Rules::Manage).await.context("cannot look at this host, so nothing was changed")?;
+    host.observe(Target::new(&pool.config, Rules::Manage))
+        .await
+        .context("cannot look at this host, so nothing was changed")?;
     let toggles = host.guard(&pool.config, Rules::Manage).await?;
     let config = earlier.map(|earlier| &earlier.config);
     let result = async {

@@ -193,14 +193,14 @@ impl Host {
     /// # Errors
     /// [`HostError`] when the host cannot be read.
     pub async fn plan(&self, target: Target<'_>) -> Result<(Plan, Observed), HostError> {
-        let observed = Observed::read(self, target.config, target.rules, Scope::Node).await?;
+        let observed = Observed::read(self, target, Scope::Node).await?;
         let mut desired = target.desired(&observed);
         if let Ok(given_up) = self.given_up.lock() {
             desired.sysctls.retain(|setting| setting.required || !given_up.contains(&setting.key));
         }
         let mut plan = Plan::new(target.config, &desired, &observed);
         if let Some(earlier) = target.earlier {
-            plan.retire_files(target.config, earlier)?;
+            plan.retire_files(target.config, earlier, &observed);
         }
         Ok((plan, observed))
     }
@@ -209,8 +209,8 @@ impl Host {
     ///
     /// # Errors
     /// [`HostError`] when the host cannot be read.
-    pub async fn observe(&self, config: &NodeConfig, rules: Rules) -> Result<Observed, HostError> {
-        Observed::read(self, config, rules, Scope::Node).await
+    pub async fn observe(&self, target: Target<'_>) -> Result<Observed, HostError> {
+        Observed::read(self, target, Scope::Node).await
     }
 
     /// Makes sure that bridged frames pass through iptables, where the configuration depends on it. Nothing else of
@@ -330,7 +330,7 @@ impl Host {
     }
 
     async fn plan_to_clear_part(&self, config: &NodeConfig, rules: Rules) -> Result<Plan, HostError> {
-        let observed = Observed::read(self, config, rules, Scope::Everything).await?;
+        let observed = Observed::read(self, Target::new(config, rules), Scope::Everything).await?;
         Ok(Plan::new(config, &Desired::nothing(config, rules), &observed))
     }
 

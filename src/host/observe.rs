@@ -13,7 +13,7 @@ use super::guest_agent;
 use super::ipset::{self, SetState};
 use super::links::Link;
 use super::sysctl;
-use super::{Host, HostError};
+use super::{Host, HostError, Target};
 use crate::config::{BRIDGE, InterfaceName, NodeConfig, Platform};
 use crate::files;
 
@@ -32,6 +32,8 @@ pub struct Observed {
     pub sysctls: BTreeMap<String, String>,
     /// The CNI configuration, if there is one.
     pub conflist: Option<Vec<u8>>,
+    /// The CNI configuration in the folder of an earlier configuration of this node, if that was another one.
+    pub retired_conflist: Option<Vec<u8>>,
     /// The cron file, if there is one.
     pub cron: Option<Vec<u8>>,
     /// Whether the guest agent's local route is there.
@@ -51,6 +53,7 @@ impl Default for Observed {
             links: Vec::new(),
             sysctls: BTreeMap::new(),
             conflist: None,
+            retired_conflist: None,
             cron: None,
             local_route: false,
             lease_routes: Vec::new(),
@@ -69,11 +72,12 @@ pub enum Scope {
 }
 
 impl Observed {
-    /// Looks at the host.
+    /// Looks at the host, also at what an earlier configuration has left where the target does not look.
     ///
     /// # Errors
     /// [`HostError`] when any part cannot be read: what was not seen must not be taken for absent.
-    pub async fn read(host: &Host, config: &NodeConfig, rules: Rules, scope: Scope) -> Result<Self, HostError> {
+    pub async fn read(host: &Host, target: Target<'_>, scope: Scope) -> Result<Self, HostError> {
+        let Target { config, rules, earlier, .. } = target;
         let (v4, v6, set) = match rules {
             Rules::Manage => {
                 let (v4, v6, set) = tokio::join!(
@@ -112,6 +116,10 @@ impl Observed {
             sysctls: sysctl::read_all(keys.iter().map(String::as_str)),
             links,
             conflist: files::read_optional(&config.conflist_path())?,
+            retired_conflist: match earlier.map(NodeConfig::conflist_path) {
+                Some(path) if path != config.conflist_path() => files::read_optional(&path)?,
+                _ => None,
+            },
             cron: files::read_optional(&guest_agent::cron_path())?,
             local_route,
             lease_routes,
@@ -143,10 +151,11 @@ impl Observed {
         self.link(nic.as_str()).map(|link| link.mtu)
     }
 
-    /// The isolation keys that the CNI configuration already has.
+    /// The isolation keys that the CNI configuration already has, be it where another one was.
     #[must_use]
     pub fn conflist_isolation(&self) -> Isolation {
-        self.conflist.as_deref().map(Isolation::of).unwrap_or_default()
+        let keys = |conflist: &Option<Vec<u8>>| conflist.as_deref().map(Isolation::of).unwrap_or_default();
+        keys(&self.conflist).or(keys(&self.retired_conflist))
     }
 
     /// Why sets cannot be had on this host, if they cannot.

@@ -18,7 +18,6 @@ use super::links;
 use super::observe::Observed;
 use super::step::Step;
 use crate::config::{BRIDGE, NodeConfig, Platform};
-use crate::files::{self, FileError};
 
 /// A kind of difference between the host and what it must be, as the metric `drift_repairs_total` counts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -137,21 +136,11 @@ impl Plan {
     }
 
     /// Adds what an earlier configuration left in places that this one does not use.
-    ///
-    /// # Errors
-    /// [`FileError`] when such a file cannot be read.
-    pub(super) fn retire_files(&mut self, config: &NodeConfig, earlier: &NodeConfig) -> Result<(), FileError> {
-        let conflist = earlier.conflist_path();
-        if conflist != config.conflist_path() {
-            let old = files::read_optional(&conflist)?;
-            self.remove_file(Drift::Conflist, conflist, &old);
-        }
+    pub(super) fn retire_files(&mut self, config: &NodeConfig, earlier: &NodeConfig, observed: &Observed) {
+        self.remove_file(Drift::Conflist, earlier.conflist_path(), &observed.retired_conflist);
         if earlier.platform == Platform::Gke && config.platform != Platform::Gke {
-            let cron = guest_agent::cron_path();
-            let old = files::read_optional(&cron)?;
-            self.remove_file(Drift::Cron, cron, &old);
+            self.remove_file(Drift::Cron, guest_agent::cron_path(), &observed.cron);
         }
-        Ok(())
     }
 
     /// Whether the host is as it must be.

@@ -9,22 +9,23 @@ use super::observe::{Observed, Scope};
 use super::plan::Plan;
 use super::step::Step;
 use super::sysctl::Setting;
-use super::{Host, HostError, guest_agent};
+use super::{Host, HostError, Target, guest_agent};
 use super::{cni, links::Link};
-use crate::config::{BRIDGE, NodeConfig};
+use crate::config::BRIDGE;
 
 impl Host {
     /// Makes everything of ours be as it was when `before` was observed. A part that fails does not stop the others.
     ///
     /// # Errors
     /// All that failed.
-    pub async fn revert(&self, config: &NodeConfig, rules: Rules, before: &Observed) -> Result<(), Vec<HostError>> {
-        let now = Observed::read(self, config, rules, Scope::Node).await.map_err(|error| vec![error])?;
-        self.apply_all(&plan(config, rules, before, &now)).await
+    pub async fn revert(&self, target: Target<'_>, before: &Observed) -> Result<(), Vec<HostError>> {
+        let now = Observed::read(self, target, Scope::Node).await.map_err(|error| vec![error])?;
+        self.apply_all(&plan(target, before, &now)).await
     }
 }
 
-fn plan(config: &NodeConfig, rules: Rules, before: &Observed, now: &Observed) -> Plan {
+fn plan(target: Target<'_>, before: &Observed, now: &Observed) -> Plan {
+    let Target { config, rules, earlier, .. } = target;
     let desired = Desired {
         firewall: (rules == Rules::Manage).then(|| firewall(before)),
         bridge: if before.bridge().is_none() { Part::Absent } else { Part::Untouched },
@@ -57,8 +58,10 @@ fn plan(config: &NodeConfig, rules: Rules, before: &Observed, now: &Observed) ->
     if !changed.is_empty() {
         plan.steps.push(Step::Sysctl(changed));
     }
+    let retired = earlier.unwrap_or(config).conflist_path();
     for (path, old, new, mode) in [
         (config.conflist_path(), &before.conflist, &now.conflist, cni::MODE),
+        (retired, &before.retired_conflist, &now.retired_conflist, cni::MODE),
         (guest_agent::cron_path(), &before.cron, &now.cron, guest_agent::CRON_MODE),
     ] {
         if let Some(bytes) = old.as_ref().filter(|_| old != new) {
