@@ -81,6 +81,14 @@ pub enum PoolError {
     },
 }
 
+impl PoolError {
+    /// Whether the file or its folder may not be read by us.
+    #[must_use]
+    pub fn is_permission_denied(&self) -> bool {
+        matches!(self, Self::File(FileError::Io { source, .. }) if source.kind() == std::io::ErrorKind::PermissionDenied)
+    }
+}
+
 /// Path of `pool.json` in a state folder.
 #[must_use]
 pub fn path_in(state_dir: &Path) -> PathBuf {

@@ -245,6 +245,13 @@ fn without_root_a_dry_run_shows_what_is_wanted() {
     let node = Node::new();
     let output = as_nobody(&node, &format!("{UNMANAGED} --manage-iptables {DROPS} --dry-run")).succeeded();
     assert!(output.stdout.contains("cocoon-net-drop") && output.stdout.contains("10.0.0.0/8"), "{output}");
+
+    // The state is there, in a folder that only root may enter.
+    node.adopt(DROPS).succeeded();
+    let again = as_nobody(&node, &format!("{UNMANAGED} --manage-iptables {DROPS} --dry-run")).succeeded();
+    assert_eq!(again.stdout.lines().count(), output.stdout.lines().count(), "nothing is compared with it");
+    let output = as_nobody(&node, "status").exited(1);
+    assert!(output.stderr.lines().next().is_some_and(|line| line.contains("root")), "{output}");
 }
 
 #[test]

@@ -183,4 +183,5 @@ fn status_without_root_shows_what_it_can() {
     let status = "setpriv --reuid 65534 --regid 65534 --clear-groups /run/nobody/cocoon-net status";
     let output = node.run(status).succeeded();
     assert!(output.stdout.starts_with("Platform:   none\nNode:       n1\nSubnet:     172.20.100.0/24\n"), "{output}");
+    assert!(output.stderr.lines().next().is_some_and(|line| line.contains("root")), "{output}");
 }

@@ -195,3 +195,21 @@ fn a_dry_run_tears_nothing_down() {
     assert!(output.stdout.contains("cocoon-net-drop"), "{output}");
     node.assert_back_to(&before);
 }
+
+#[test]
+fn a_dry_run_names_what_others_and_a_killed_daemon_have_left() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    let legacy = node.real_tool("iptables-legacy");
+    node.ok(format!("{} -A FORWARD -i cni0 -o cni0 -m comment --comment cocoon-net -j ACCEPT", legacy.display()));
+    node.ok("ipset create cocoon-net-next hash:net");
+    let _daemon = node.daemon("--metrics-addr= --skip-iptables");
+    node.ok("ip route add blackhole 10.0.0.0/8 table 9092");
+    node.ok("ip rule add iif cni0 lookup 9092 pref 9092");
+    let before = node.snapshot();
+    let output = node.cocoon("teardown --dry-run").succeeded();
+    for line in ["- iptables-legacy -t filter -A FORWARD", "- ipset cocoon-net-next", "table 9092", "# the daemon"] {
+        assert!(output.stdout.contains(line), "no `{line}` in {output}");
+    }
+    node.assert_back_to(&before);
+}

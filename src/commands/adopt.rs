@@ -57,10 +57,10 @@ fn adopted(request: &Request, config: &crate::config::NodeConfig, earlier: Optio
 }
 
 async fn dry_run(request: &Request, rules: Rules) -> Result<()> {
-    let can_look = privileges::can_administer();
+    let can_look = privileges::can_look("adopt --dry-run");
     let config = request.resolve(can_look).await?;
     let state_dir = &request.args().state.state_dir;
-    let earlier = Pool::load_optional(state_dir)?;
+    let earlier = configure::state_to_compare(state_dir, can_look)?;
     let earlier_config = earlier.as_ref().map(|earlier| &earlier.config);
     let mut changes = configure::foretell(&config, rules, earlier_config, can_look).await?;
     if rules == Rules::Leave && config.wants_isolation() {

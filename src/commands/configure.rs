@@ -68,6 +68,14 @@ async fn undone(error: anyhow::Error, host: &Host, target: Target<'_>, before: &
     }
 }
 
+/// The state that a dry run compares with. To others than root its folder is closed.
+pub fn state_to_compare(state_dir: &Path, can_look: bool) -> Result<Option<Pool>> {
+    match Pool::load_optional(state_dir) {
+        Err(error) if !can_look && error.is_permission_denied() => Ok(None),
+        state => Ok(state?),
+    }
+}
+
 /// What the command would change on the host, compared with the host as far as it can be looked at.
 pub async fn foretell(
     config: &NodeConfig,

@@ -86,10 +86,10 @@ async fn claim(cloud: &Cloud, pool: &mut Pool, earlier: Option<&Pool>, request: 
 }
 
 async fn dry_run(request: &Request) -> Result<()> {
-    let can_look = privileges::can_administer();
+    let can_look = privileges::can_look("init --dry-run");
     let config = request.resolve(can_look).await?;
     let state_dir = &request.args().state.state_dir;
-    let earlier = Pool::load_optional(state_dir)?;
+    let earlier = configure::state_to_compare(state_dir, can_look)?;
     let mut pool = Pool::following(config.clone(), earlier.as_ref());
     let calls = Cloud::connect(config.platform, Limits::from_env(), Progress::Hidden)?.provision_changes(&pool).await?;
 

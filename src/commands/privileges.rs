@@ -14,6 +14,17 @@ pub fn can_administer() -> bool {
         .is_some_and(|mask| mask >> CAP_NET_ADMIN & 1 == 1)
 }
 
+/// Whether the host can be looked at; says so when not, before the command shows what it can all the same.
+pub fn can_look(command: &str) -> bool {
+    let can = can_administer();
+    if !can {
+        tracing::warn!(
+            "`cocoon-net {command}` shows only what it can read without root (or CAP_NET_ADMIN and CAP_NET_RAW); run it with sudo for the rest"
+        );
+    }
+    can
+}
+
 /// Stops a command that could not do its work anyway, before it does half of it.
 pub fn require(command: &str) -> Result<()> {
     ensure!(

@@ -19,11 +19,12 @@ use super::privileges;
 
 /// Runs `status`.
 pub async fn run(args: StatusArgs) -> Result<()> {
+    let can_look = privileges::can_look("status");
     let state_dir = &args.state.state_dir;
     let pool = Pool::load(state_dir)?;
     let cloud = cloud_rows(&pool).await;
     let leases = active_leases(&state_dir.join("leases.json"));
-    let looked = if privileges::can_administer() { look(&pool).await } else { None };
+    let looked = if can_look { look(&pool).await } else { None };
     if args.json {
         let drops = looked.as_ref().map(|looked| looked.drops.as_slice());
         return super::print_line(&format!("{:#}", to_json(&pool, &cloud, &leases, drops)));

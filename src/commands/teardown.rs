@@ -120,10 +120,11 @@ fn is_beside_the_pool(name: &str) -> bool {
 }
 
 async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
+    let can_look = privileges::can_look("teardown --dry-run");
     let pool = Pool::load(state_dir).context("nothing to tear down")?;
     let cloud = Cloud::connect(pool.config.platform, Limits::from_env(), Progress::Hidden)?;
     let calls = cloud.teardown_changes(&pool).await?;
-    let mut changes = if privileges::can_administer() {
+    let mut changes = if can_look {
         Changes::of(&Host::open_to_look()?.plan_to_clear(&pool.config).await?)
     } else {
         let mut changes = Changes::default();
@@ -131,6 +132,9 @@ async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
         changes
     }
     .with_cloud(calls);
+    if let Some(daemon) = files::daemon(Path::new(PID_FILE))? {
+        changes.note(format!("the daemon, {daemon}, is told to stop first"));
+    }
     for name in std::fs::read_dir(state_dir).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
         if let Some(name) = name.to_str().filter(|name| is_beside_the_pool(name)) {
             changes.file(&state_dir.join(name), Some(""), None);

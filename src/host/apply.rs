@@ -2,8 +2,9 @@
 
 use ipnet::Ipv4Net;
 
+use super::backstop::Backstop;
 use super::desired::Bridge;
-use super::firewall::{self, Backend};
+use super::firewall;
 use super::links::Mac;
 use super::plan::Plan;
 use super::step::Step;
@@ -46,9 +47,11 @@ impl Host {
         match step {
             Step::Guard(keys) => sysctl::guard(keys).await?,
             Step::FillSet { entries, old } => ipset::fill(entries, old).await?,
-            Step::Firewall(family, transaction) => firewall::write(*family, Backend::Host, transaction).await?,
+            Step::Firewall { family, backend, transaction } => firewall::write(*family, *backend, transaction).await?,
             Step::Hook { family, table, dormant } => firewall::set_dormant(*family, table, *dormant)?,
             Step::DestroySet(_) => ipset::destroy().await?,
+            Step::DestroyLeftoverSet => ipset::destroy_leftover().await?,
+            Step::LowerBackstop => Backstop::open(BRIDGE)?.lower().await?,
             Step::CreateBridge { mac, bridge } => self.create_bridge(*mac, bridge).await?,
             Step::PinMac(mac) => self.links.pin_mac(self.index(BRIDGE).await?, *mac).await?,
             Step::SetMtu { to, .. } => self.links.set_mtu(self.index(BRIDGE).await?, *to).await?,

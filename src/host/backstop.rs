@@ -4,7 +4,7 @@
 //! open. Firewall tools leave policy routing alone, though. So while a siege lasts, one rule (ip-rule(8)) sends what
 //! comes in from the bridge to a routing table of ours first, in which every drop target leads nowhere. For all else the
 //! lookup goes on as before. Addresses of the node itself are found earlier, in table `local`, so VMs keep reaching
-//! their gateway. It drops what the iptables rules drop, only without counting it.
+//! their gateway; drops in INPUT, IPv6 and frames between two ports of the bridge are not its business either.
 //!
 //! It is put up in a millisecond, needs no process, and is taken down once nobody undoes the rules any more.
 

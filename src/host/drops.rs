@@ -44,7 +44,7 @@ pub fn read(config: &NodeConfig, observed: &Observed, plan: &Plan) -> Vec<DropTa
 #[must_use]
 pub fn host_is_closed(plan: &Plan) -> bool {
     let touches_input = |step: &Step| match step {
-        Step::Firewall(_, transaction) => transaction.changes.iter().any(|change| change.chain == "INPUT"),
+        Step::Firewall { transaction, .. } => transaction.changes.iter().any(|change| change.chain == "INPUT"),
         _ => false,
     };
     are_met(plan) && !plan.steps.iter().any(touches_input)
@@ -67,14 +67,16 @@ fn is_touched(plan: &Plan, cidr: Ipv4Net) -> bool {
     };
     plan.steps.iter().any(|step| match step {
         Step::FillSet { .. } => true,
-        Step::Firewall(Family::V4, transaction) => transaction.changes.iter().any(|change| drops_it(&change.rule)),
+        Step::Firewall { family: Family::V4, transaction, .. } => {
+            transaction.changes.iter().any(|change| drops_it(&change.rule))
+        }
         _ => false,
     })
 }
 
 /// Whether anything beside the rule of the subnet is missing that keeps VMs from each other.
 fn leaks_between_vms(plan: &Plan) -> bool {
-    let v6 = plan.steps.iter().any(|step| matches!(step, Step::Firewall(Family::V6, _)));
+    let v6 = plan.steps.iter().any(|step| matches!(step, Step::Firewall { family: Family::V6, .. }));
     v6 || plan.kinds().contains(&Drift::PortIsolation)
 }
 

@@ -18,7 +18,7 @@ pub use kernel::digest;
 pub const SET: &str = DROP_TAG;
 
 /// Name under which a new set is filled before it is swapped in.
-const NEXT: &str = "cocoon-net-next";
+pub const NEXT: &str = "cocoon-net-next";
 
 /// The kernel's default for how many entries a set may hold.
 const DEFAULT_MAX_ENTRIES: usize = 65_536;
@@ -98,8 +98,15 @@ pub async fn destroy() -> Result<(), SetError> {
 /// # Errors
 /// [`SetError`] when it is there and stays.
 pub async fn destroy_leftover() -> Result<(), SetError> {
+    // Where the kernel does not say, `ipset` does; and what it cannot destroy then is no reason to stop.
+    let known = match digest(NEXT) {
+        Ok(None) => return Ok(()),
+        Ok(Some(_)) => true,
+        Err(_) => false,
+    };
     match Command::new("ipset").args(["destroy", NEXT]).run().await {
-        Ok(_) | Err(CommandError::NotFound { .. }) | Err(CommandError::Failed { .. }) => Ok(()),
+        Ok(_) | Err(CommandError::NotFound { .. }) => Ok(()),
+        Err(CommandError::Failed { .. }) if !known => Ok(()),
         Err(source) => Err(SetError::Command { doing: "destroy", source }),
     }
 }

@@ -277,11 +277,17 @@ impl Host {
     pub async fn plan_to_clear(&self, config: &NodeConfig) -> Result<Plan, HostError> {
         let mut plan = Plan::default();
         for family in [Family::V4, Family::V6] {
-            let (_, stranded) = stranded_rules(family).await?;
-            plan.steps.extend((!stranded.is_empty()).then_some(Step::Firewall(family, stranded)));
+            let (backend, transaction) = stranded_rules(family).await?;
+            plan.steps.extend((!transaction.is_empty()).then_some(Step::Firewall { family, backend, transaction }));
         }
         let here = self.plan_to_clear_part(config, Rules::Manage).await?;
         plan.steps.extend(here.steps);
+        if matches!(ipset::digest(ipset::NEXT), Ok(Some(_))) {
+            plan.steps.push(Step::DestroyLeftoverSet);
+        }
+        if backstop::Backstop::open(BRIDGE)?.stands().await? {
+            plan.steps.push(Step::LowerBackstop);
+        }
         Ok(plan)
     }
 
@@ -302,8 +308,8 @@ impl Host {
                 failures.extend(self.clear_what_can_be_read(config).await);
             }
         }
-        failures.extend(ipset::destroy_leftover().await.err().map(HostError::from));
-        failures.extend(lower_backstop().await.err().map(HostError::from));
+        let leftovers = Plan { steps: vec![Step::DestroyLeftoverSet, Step::LowerBackstop], ..Plan::default() };
+        failures.extend(self.apply_all(&leftovers).await.err().unwrap_or_default());
         if command::find("nft").is_some() {
             for family in [Family::V4, Family::V6] {
                 failures.extend(firewall::remove_blank_nft_tables(family).await.err().map(HostError::from));
@@ -347,7 +353,7 @@ impl Host {
         let uses_set = plan
             .steps
             .iter()
-            .any(|step| matches!(step, Step::Firewall(_, transaction) if transaction.adds_use_of_set(ipset::SET)));
+            .any(|step| matches!(step, Step::Firewall { transaction, .. } if transaction.adds_use_of_set(ipset::SET)));
         let reason = error_chain(error);
         let about_sets = ["`set'", "xt_set", "ipset"].iter().any(|word| reason.contains(word));
         if uses_set
@@ -357,11 +363,6 @@ impl Host {
             *refused = Some(reason);
         }
     }
-}
-
-/// Takes down what a daemon may have left standing in a siege.
-async fn lower_backstop() -> Result<(), links::LinkError> {
-    backstop::Backstop::open(BRIDGE)?.lower().await
 }
 
 /// Removes rules of ours that stand in the backend which plain `iptables` cannot see, and enforces them all the same.

@@ -205,7 +205,7 @@ impl Plan {
                 for Finding { kind, text } in std::mem::take(&mut transaction.findings) {
                     self.findings.push(Finding { kind, text: format!("{tool}: {text}") });
                 }
-                self.steps.push(Step::Firewall(family, transaction));
+                self.steps.push(Step::Firewall { family, backend: firewall::Backend::Host, transaction });
             }
             for (table, chain) in &standing.unhooked {
                 if chains.iter().any(|ours| ours.table == *table && ours.chain == *chain && !ours.is_empty()) {

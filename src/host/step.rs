@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
 
+use super::backstop;
 use super::desired::Bridge;
-use super::firewall::{self, Counters, Family, Transaction};
+use super::firewall::{self, Backend, Counters, Family, Transaction};
 use super::ipset::{self, SetState};
 use super::links::{self, Mac};
 use super::sysctl::Setting;
@@ -27,7 +28,14 @@ pub enum Step {
         old: SetState,
     },
     /// Change rules.
-    Firewall(Family, Transaction),
+    Firewall {
+        /// Of this family.
+        family: Family,
+        /// Where they stand: rules of ours may be stranded in the backend that is not the host's.
+        backend: Backend,
+        /// What to change.
+        transaction: Transaction,
+    },
     /// Put the chains of a table on their hooks, or take them off.
     Hook {
         /// The family of the table.
@@ -39,6 +47,10 @@ pub enum Step {
     },
     /// Destroy the set, after its rule has gone.
     DestroySet(SetState),
+    /// Destroy the set that a fill which was cut short left behind.
+    DestroyLeftoverSet,
+    /// Take down what a daemon may have left standing in a siege; see [`backstop`](super::backstop).
+    LowerBackstop,
     /// Make the bridge.
     CreateBridge {
         /// Its Ethernet address.
@@ -133,7 +145,9 @@ impl Step {
             Self::Guard(keys) => keys.iter().map(|key| add(format!("sysctl {key}=1"))).collect(),
             Self::FillSet { entries, old } => set_lines(Some(entries), old),
             Self::DestroySet(old) => set_lines(None, old),
-            Self::Firewall(family, transaction) => rule_lines(*family, transaction),
+            Self::DestroyLeftoverSet => vec![remove(format!("ipset {}", ipset::NEXT))],
+            Self::LowerBackstop => vec![remove(format!("rule and routes of table {}", backstop::TABLE))],
+            Self::Firewall { family, backend, transaction } => rule_lines(&family.tool(*backend, ""), transaction),
             Self::Hook { family, table, dormant } => {
                 vec![Line { added: *dormant, text: format!("table {} {table} flags dormant", family.nft()) }]
             }
@@ -178,8 +192,7 @@ impl Step {
     }
 }
 
-fn rule_lines(family: Family, transaction: &Transaction) -> Vec<Line> {
-    let tool = family.tool(firewall::Backend::Host, "");
+fn rule_lines(tool: &str, transaction: &Transaction) -> Vec<Line> {
     let line = |change: &firewall::RuleChange| Line {
         added: change.action != firewall::Action::Delete,
         text: format!(
