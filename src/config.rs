@@ -215,6 +215,17 @@ impl NodeConfig {
         self.cni_conf_dir.join("30-cocoon-dhcp.conflist")
     }
 
+    /// What VMs are kept from, in a few words.
+    #[must_use]
+    pub fn isolation_summary(&self) -> String {
+        let targets = match self.drop_targets().len() {
+            0 => "no drop target".to_owned(),
+            1 => "1 drop target".to_owned(),
+            count => format!("{count} drop targets"),
+        };
+        if self.drops.host { format!("{targets}, node closed to VMs") } else { targets }
+    }
+
     /// Checks what no single field can: the gateway against the subnet, the uplinks against the bridge.
     ///
     /// # Errors

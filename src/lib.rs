@@ -21,6 +21,7 @@
 //! | [`dhcp`] | the lease engine (pure), the lease store (durable), the server (effects) |
 //! | [`cloud`] | the clouds that lend the addresses: GKE, Volcengine, none |
 //! | [`command`] | the only place that starts a process |
+//! | [`log`] | errors on one line, and no line over and over |
 //! | `netlink` | netfilter's own netlink subsystems, by hand |
 //! | [`metrics`] | the metrics registry and its HTTP end |
 
@@ -32,6 +33,7 @@ pub mod config;
 pub mod dhcp;
 pub mod files;
 pub mod host;
+pub mod log;
 pub mod metrics;
 mod netlink;
 pub mod pool;

@@ -29,7 +29,14 @@ fn start(cli: Cli) -> Result<ExitCode> {
 }
 
 fn set_up_logging() {
-    let level = std::env::var("COCOON_NET_LOG_LEVEL").ok().and_then(|level| level.parse::<LevelFilter>().ok());
+    let asked = std::env::var("COCOON_NET_LOG_LEVEL").unwrap_or_default();
+    let level = match asked.to_ascii_lowercase().as_str() {
+        "debug" => Some(LevelFilter::DEBUG),
+        "" | "info" => Some(LevelFilter::INFO),
+        "warn" => Some(LevelFilter::WARN),
+        "error" => Some(LevelFilter::ERROR),
+        _ => None,
+    };
     let log = tracing_subscriber::fmt()
         .with_max_level(level.unwrap_or(LevelFilter::INFO))
         .with_target(false)
@@ -39,5 +46,8 @@ fn set_up_logging() {
         log.json().init();
     } else {
         log.init();
+    }
+    if level.is_none() {
+        tracing::warn!(level = asked, "COCOON_NET_LOG_LEVEL is none of debug, info, warn and error; taken for info");
     }
 }

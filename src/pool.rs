@@ -251,7 +251,8 @@ impl Pool {
             mtu,
             cni_conf_dir,
         };
-        let config = config.checked().map_err(keys.refuse("primaryNIC"))?;
+        let key = if config.primary_nic.as_str() == config::BRIDGE { "primaryNIC" } else { "secondaryNICs" };
+        let config = config.checked().map_err(keys.refuse(key))?;
         Ok(Self { config, ips, eni_ids, pending_claim, subnet_id, alias_range_name, updated_at, unknown: keys.map })
     }
 }

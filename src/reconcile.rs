@@ -18,24 +18,22 @@ use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
 use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
 use crate::host::firewall::{Backend, FirewallError};
-use crate::host::plan::Plan;
+use crate::host::plan::{Drift, Plan};
 use crate::host::{Host, HostError, Outcome, Target, drops, summary};
+use crate::log::{LogLimit, chain};
 use crate::metrics::{Health, Metrics};
 use crate::pool::{Pool, PoolError};
 use crate::systemd;
 use crate::watch::{self, Wake};
 
 /// How long isolation may be wanted and not verified before a quarantine.
-const PATIENCE: Duration = Duration::from_secs(10);
+const QUARANTINE_AFTER: Duration = Duration::from_secs(10);
 
 /// How long a pass may take. Each tool has a deadline of its own; this is for whatever else may never answer.
 const PASS_LIMIT: Duration = Duration::from_secs(180);
 
 /// How long a pass may take before isolation counts as unverified. One that waits for a lock is done by then.
 const VERDICT_LIMIT: Duration = Duration::from_secs(5);
-
-/// How often the same trouble is logged again.
-const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Why a pass did not leave the node verified.
 #[derive(Debug, thiserror::Error)]
@@ -119,8 +117,8 @@ pub struct Reconciler {
     skipped: bool,
     /// Whether `pool.json` asks for something else than in the pass before: what is done then is no repair.
     changed: bool,
-    repairs: Repeated,
-    troubles: Repeated,
+    repairs: LogLimit,
+    troubles: LogLimit,
 }
 
 impl Reconciler {
@@ -141,8 +139,8 @@ impl Reconciler {
             quarantined: false,
             skipped: false,
             changed: false,
-            repairs: Repeated::default(),
-            troubles: Repeated::default(),
+            repairs: LogLimit::default(),
+            troubles: LogLimit::default(),
         }
     }
 
@@ -171,12 +169,12 @@ impl Reconciler {
     pub async fn pass(&mut self, wake: Option<&Wake>) -> Result<watch::Outcome, PassError> {
         let begin = Instant::now();
         let besieged = wake.is_some_and(|wake| wake.besieged);
-        self.host.besieged(besieged);
+        self.host.set_besieged(besieged);
         let alarm = self.alarm_when_late();
         // A quarantine comes when it is due, whatever hangs.
-        let limit = if self.options.quarantine { PATIENCE } else { PASS_LIMIT };
+        let limit = if self.options.quarantine { QUARANTINE_AFTER } else { PASS_LIMIT };
         let work = async {
-            self.hold_the_line(besieged).await;
+            self.set_backstop(besieged).await;
             self.try_pass().await
         };
         let result = timeout(limit, work).await.unwrap_or(Err(PassError::Overdue(limit)));
@@ -213,13 +211,13 @@ impl Reconciler {
     }
 
     /// While something keeps undoing the rules, the drop targets lead nowhere even between two repairs.
-    async fn hold_the_line(&mut self, besieged: bool) {
+    async fn set_backstop(&mut self, besieged: bool) {
         let result = match besieged && self.options.rules == Rules::Manage {
             true => self.backstop.raise(&self.pool.config.drop_targets()).await,
             false => self.backstop.lower().await,
         };
         if let Err(error) = result {
-            tracing::warn!(error = %chain(&error), besieged, "cannot change the second wall");
+            tracing::warn!(error = %chain(&error), besieged, "cannot change the blackhole routes");
         }
     }
 
@@ -268,14 +266,15 @@ impl Reconciler {
             tracing::info!(found = %what, "configured the host");
             return;
         };
-        for kind in found.kinds() {
-            self.listeners.metrics.drift_repaired(kind.name());
+        let kinds: Vec<_> = found.kinds().into_iter().map(Drift::name).collect();
+        for kind in &kinds {
+            self.listeners.metrics.drift_repaired(kind);
         }
         let by = wake.by.as_ref().map(|(name, pid)| format!("{name} (PID {pid})"));
         if !wake.besieged {
             tracing::warn!(found = %what, by, "the host had drifted and was repaired");
-        } else if let Some(times) = self.repairs.say(&what) {
-            tracing::warn!(found = %what, by, times, "something keeps undoing the host configuration; it is repaired each time");
+        } else if let Some(held_back) = self.repairs.allow(&kinds.join(", ")) {
+            tracing::warn!(found = %what, by, held_back, "something keeps undoing the host configuration; it is repaired each time");
         }
     }
 
@@ -302,17 +301,17 @@ impl Reconciler {
         if self.unverified_since.take().is_some() && self.started {
             tracing::info!("the host is as pool.json asks again");
         }
-        self.troubles = Repeated::default();
+        self.troubles = LogLimit::default();
         self.skipped = false;
         self.started = true;
-        self.listeners.holds(&self.wishes());
+        self.listeners.holds(&self.pool.config.isolation_summary());
     }
 
     /// A pass that began at `begin` has failed.
     async fn unverified(&mut self, error: &PassError, begin: Instant) {
         let why = chain(error);
-        if let Some(times) = self.troubles.say(&why) {
-            tracing::error!(error = %why, times, "the host is not as pool.json asks");
+        if let Some(held_back) = self.troubles.allow(&why) {
+            tracing::error!(error = %why, held_back, "the host is not as pool.json asks");
         }
         // Rules that could not be read just now will not be read at once.
         let blind = matches!(error, PassError::Host(HostError::Firewall(FirewallError::Read(_))));
@@ -322,12 +321,12 @@ impl Reconciler {
             return match error {
                 // What it asked for last holds; whether that is what it asks for now nobody knows.
                 PassError::Pool(_) => self.listeners.fails(&why),
-                _ => self.listeners.holds(&self.wishes()),
+                _ => self.listeners.holds(&self.pool.config.isolation_summary()),
             };
         }
         self.listeners.fails(&why);
         let since = *self.unverified_since.get_or_insert(begin);
-        if self.options.quarantine && !self.quarantined && since.elapsed() >= PATIENCE {
+        if self.options.quarantine && !self.quarantined && since.elapsed() >= QUARANTINE_AFTER {
             self.quarantine().await;
         }
     }
@@ -364,37 +363,4 @@ impl Reconciler {
             Err(error) => tracing::error!(error = %chain(&error), "quarantine failed: {BRIDGE} cannot be found"),
         }
     }
-
-    fn wishes(&self) -> String {
-        match self.pool.config.drop_targets().len() {
-            0 => "no drop target".to_owned(),
-            1 => "1 drop target".to_owned(),
-            count => format!("{count} drop targets"),
-        }
-    }
-}
-
-/// Something that may be logged over and over, and is not.
-#[derive(Debug, Default)]
-struct Repeated {
-    last: Option<(String, Instant)>,
-    times: u32,
-}
-
-impl Repeated {
-    /// How often it has happened since it was last said, when it is time to say it again.
-    fn say(&mut self, what: &str) -> Option<u32> {
-        self.times += 1;
-        let same = self.last.as_ref().is_some_and(|(said, at)| said == what && at.elapsed() < SAY_AGAIN);
-        if same {
-            return None;
-        }
-        self.last = Some((what.to_owned(), Instant::now()));
-        Some(std::mem::take(&mut self.times))
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -1,4 +1,4 @@
-//! The second wall: without a single firewall rule, drop targets stay out of reach.
+//! The backstop: without a single firewall rule, drop targets stay out of reach.
 
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -84,10 +84,10 @@ fn the_whole_internet_leads_nowhere() {
 fn check_names_a_wall_that_stands() {
     let node = Node::new();
     node.adopt("--drop-cidr 10.0.0.0/8").succeeded();
-    assert!(!node.cocoon("check").stdout.contains("second wall"));
+    assert!(!node.cocoon("check").stdout.contains("backstop"));
     wall(&node, &[&["10.0.0.0/8"]]);
     let output = node.cocoon("check");
-    assert!(output.stdout.contains("second wall"), "{output}");
+    assert!(output.stdout.contains("backstop"), "{output}");
     node.cocoon("teardown").succeeded();
     assert!(!node.ok("ip rule").contains("9092"));
 }

@@ -78,9 +78,8 @@ fn the_daemon_leaves_the_go_programs_state_as_it_found_it() {
 fn status_begins_with_the_go_programs_lines() {
     let node = left_by_go(gke(), include_str!("golden/gke-pool.json"), include_str!("golden/gke-iptables-save.txt"));
     let status = node.cocoon("status").succeeded();
-    for (ours, theirs) in status.stdout.lines().zip(include_str!("golden/gke-status.txt").lines().take(6)) {
-        assert_eq!(ours, theirs, "{status}");
-    }
+    let head = |text: &str| text.lines().take(6).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(head(&status.stdout), head(include_str!("golden/gke-status.txt")), "{status}");
 }
 
 #[test]

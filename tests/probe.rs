@@ -191,7 +191,7 @@ fn addresses_that_answer_are_not_used() {
         ip link set vm0in netns $(cat /run/vm); nsenter -t $(cat /run/vm) -n sh -c \
         'ip addr add 172.20.100.6/29 dev vm0in; ip link set vm0in up'; sleep 1";
     let request = Request { subnet: "172.20.100.0/29".parse().unwrap(), ..internal() };
-    let in_use = ["172.20.100.2", "172.20.100.3"].map(|address| address.parse().unwrap()).into();
-    let report = probe(&[subnet, ISOLATED_VM, DROP_INTERNAL, vm], Request { in_use, ..request });
+    let leased = ["172.20.100.2", "172.20.100.3"].map(|address| address.parse().unwrap()).into();
+    let report = probe(&[subnet, ISOLATED_VM, DROP_INTERNAL, vm], Request { leased, ..request });
     assert_eq!(report.verdict, Verdict::Holds, "{}", report.to_table());
 }

@@ -15,8 +15,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::sync::OnceCell;
 
-use crate::cloud::chain;
 use crate::config::Platform;
+use crate::log::chain;
 
 /// How long one question may take.
 const TIMEOUT: Duration = Duration::from_secs(2);

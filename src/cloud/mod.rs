@@ -22,8 +22,6 @@ pub mod progress;
 pub mod vendor;
 pub mod volcengine;
 
-use std::fmt::Write as _;
-
 use crate::cloud::gke::{Gke, GkeError};
 use crate::cloud::limits::Limits;
 use crate::cloud::metadata::MetadataError;
@@ -203,18 +201,6 @@ impl Cloud {
     pub async fn teardown_changes(&self, pool: &Pool) -> Result<Vec<String>, CloudError> {
         dispatch!(self, cloud => cloud.teardown_changes(pool), Ok(Vec::new()))
     }
-}
-
-/// An error with all its causes on one line, for where it is quoted inside another.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a String cannot fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 fn names(interfaces: &[InterfaceName]) -> String {

@@ -114,14 +114,14 @@ fn rows_of_host(rows: &mut Rows, config: &NodeConfig, plan: &Plan, observed: &Ob
         rows.add(Verdict::Fail, "host", obstacle.clone());
     }
     let targets = config.drop_targets();
-    let toggles = if targets.is_empty() { "not needed: nothing is dropped" } else { "bridged frames pass iptables" };
+    let toggles =
+        if targets.is_empty() { "not needed: nothing forwarded is dropped" } else { "bridged frames pass iptables" };
     rows.of_kinds(plan, "bridge toggle", &[Drift::BridgeToggle], toggles);
     let rules =
         [Drift::RulesMissing, Drift::RulesShadowed, Drift::RulesStale, Drift::RulesDuplicated, Drift::RulesDormant];
-    let right = match targets.len() {
-        0 => "no drop target; ACCEPT and MASQUERADE rules are in place".to_owned(),
-        1 => format!("1 drop target at the head of FORWARD: {}", list(&targets)),
-        count => format!("{count} drop targets at the head of FORWARD: {}", list(&targets)),
+    let right = match config.isolation_summary() {
+        summary if targets.is_empty() => format!("{summary}; ACCEPT and MASQUERADE rules are in place"),
+        summary => format!("{summary}; at the head of FORWARD: {}", list(&targets)),
     };
     rows.of_kinds(plan, "rules", &rules, right);
     if desired::needs_set(config) || plan.kinds().contains(&Drift::Set) {
@@ -253,7 +253,7 @@ fn skips_iptables(daemon: &Holder) -> bool {
     flags.any(|value| value.is_empty() || value.strip_prefix('=').is_some_and(|value| switch(value) == Ok(true)))
 }
 
-/// The second wall is the daemon's answer to a siege; without one it only waits to be forgotten.
+/// Blackhole routes are the daemon's answer to a siege; without a daemon they only wait to be forgotten.
 async fn rows_of_backstop(rows: &mut Rows, daemon: bool) -> Result<()> {
     if Backstop::open(BRIDGE)?.stands().await? {
         let why = if daemon {
@@ -263,8 +263,8 @@ async fn rows_of_backstop(rows: &mut Rows, daemon: bool) -> Result<()> {
         };
         rows.add(
             Verdict::Warn,
-            "second wall",
-            format!("table {} leads the drop targets nowhere: {why}", backstop::TABLE),
+            "backstop",
+            format!("routing table {} leads the drop targets nowhere: {why}", backstop::TABLE),
         );
     }
     Ok(())
@@ -293,7 +293,7 @@ async fn prove(pool: &Pool, state_dir: &Path, observed: &Observed, daemon: bool)
         host: config.drops.host,
         targets: config.drop_targets().into_iter().filter(|target| *target != config.subnet.net()).collect(),
         pool: pool.ips.iter().copied().collect(),
-        in_use: leased,
+        leased,
         isolated_by,
     };
     Ok(probe::run(&request).await?)

@@ -11,6 +11,7 @@ use crate::host::desired::{Desired, Rules};
 use crate::host::observe::Observed;
 use crate::host::plan::Plan;
 use crate::host::{Host, Target};
+use crate::log::chain;
 use crate::pool::{self, Pool};
 
 use super::changes::Changes;
@@ -61,7 +62,7 @@ async fn undone(error: anyhow::Error, host: &Host, target: Target<'_>, before: &
         Ok(()) => error,
         Err(failures) => {
             for failure in failures {
-                tracing::error!(error = %format!("{:#}", anyhow::Error::from(failure)), "could not undo a change");
+                tracing::error!(error = %chain(&failure), "could not undo a change");
             }
             error.context("the command failed, and not all of its changes could be undone (see the log above)")
         }

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::cli::NodeArgs;
 use crate::cloud::metadata;
@@ -58,7 +58,7 @@ impl Request {
     pub async fn resolve(&self, can_look: bool) -> Result<NodeConfig> {
         let platform = match self.args.platform {
             Some(platform) => platform,
-            None => metadata::detect().await.context("cannot tell which cloud this is; name it with --platform")?,
+            None => metadata::detect().await?,
         };
         let primary_nic = match self.args.primary_nic.clone() {
             Some(nic) => nic,

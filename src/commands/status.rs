@@ -13,6 +13,7 @@ use crate::dhcp::leases::{self, Lease};
 use crate::host::desired::Rules;
 use crate::host::drops::{self, DropTarget};
 use crate::host::{Host, Target};
+use crate::log::chain;
 use crate::pool::Pool;
 
 use super::privileges;
@@ -42,7 +43,7 @@ struct Looked {
 async fn cloud_rows(pool: &Pool) -> StatusRows {
     let rows = async { Cloud::connect(pool.config.platform, Limits::from_env(), Progress::Hidden)?.status(pool).await };
     rows.await.unwrap_or_else(|error| {
-        tracing::warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the cloud could not be asked");
+        tracing::warn!(error = %chain(&error), "the cloud could not be asked");
         Vec::new()
     })
 }
@@ -52,7 +53,7 @@ fn active_leases(path: &Path) -> Vec<Lease> {
     match leases::read(path) {
         Ok(leases) => leases.into_iter().filter(|lease| lease.expiry > now).collect(),
         Err(error) => {
-            tracing::warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the leases could not be read");
+            tracing::warn!(error = %chain(&error), "the leases could not be read");
             Vec::new()
         }
     }
@@ -66,7 +67,7 @@ async fn look(pool: &Pool) -> Option<Looked> {
             host_is_closed: drops::host_is_closed(&plan),
         }),
         Err(error) => {
-            tracing::warn!(error = %format!("{:#}", anyhow::Error::from(error)), "the rules could not be read");
+            tracing::warn!(error = %chain(&error), "the rules could not be read");
             None
         }
     }

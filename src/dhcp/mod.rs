@@ -49,7 +49,7 @@ pub struct Config {
     pub dns: Vec<Ipv4Addr>,
     /// MTU for the VMs in bytes; none is handed out when there is none.
     pub mtu: Option<u16>,
-    /// How long a lease lasts, at least a second.
+    /// How long a lease lasts, at least two seconds: T1 and T2 come before its end.
     pub lease_time: Duration,
     /// How many addresses one port of the bridge may hold; 0: any number.
     pub port_lease_limit: u32,

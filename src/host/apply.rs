@@ -53,10 +53,12 @@ impl Host {
             Step::DestroyLeftoverSet => ipset::destroy_leftover().await?,
             Step::LowerBackstop => Backstop::open(BRIDGE)?.lower().await?,
             Step::CreateBridge { mac, bridge } => self.create_bridge(*mac, bridge).await?,
-            Step::PinMac(mac) => self.links.pin_mac(self.index(BRIDGE).await?, *mac).await?,
-            Step::SetMtu { to, .. } => self.links.set_mtu(self.index(BRIDGE).await?, *to).await?,
-            Step::AddAddress(address) => self.links.add_address(self.index(BRIDGE).await?, *address).await?,
-            Step::RemoveAddress(address) => self.links.remove_address(self.index(BRIDGE).await?, *address).await?,
+            Step::PinMac(mac) => self.links.pin_mac(self.index(BRIDGE).await?, BRIDGE, *mac).await?,
+            Step::SetMtu { to, .. } => self.links.set_mtu(self.index(BRIDGE).await?, BRIDGE, *to).await?,
+            Step::AddAddress(address) => self.links.add_address(self.index(BRIDGE).await?, BRIDGE, *address).await?,
+            Step::RemoveAddress(address) => {
+                self.links.remove_address(self.index(BRIDGE).await?, BRIDGE, *address).await?;
+            }
             Step::SetUp(name) => self.links.set_up(self.index(name).await?, name).await?,
             Step::SetDown(name) => self.links.set_down(self.index(name).await?, name).await?,
             Step::IsolatePort { port, isolated } => self.isolate(port, *isolated).await?,
@@ -86,11 +88,11 @@ impl Host {
     async fn create_bridge(&self, mac: Mac, bridge: &Bridge) -> Result<(), HostError> {
         self.links.create_bridge(BRIDGE, mac).await?;
         let index = self.index(BRIDGE).await?;
-        self.links.pin_mac(index, mac).await?;
+        self.links.pin_mac(index, BRIDGE, mac).await?;
         if let Some(mtu) = bridge.mtu {
-            self.links.set_mtu(index, mtu).await?;
+            self.links.set_mtu(index, BRIDGE, mtu).await?;
         }
-        self.links.add_address(index, bridge.address).await?;
+        self.links.add_address(index, BRIDGE, bridge.address).await?;
         if bridge.up {
             self.links.set_up(index, BRIDGE).await?;
         }

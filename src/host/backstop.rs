@@ -1,4 +1,4 @@
-//! A second wall for as long as the first is being pulled down.
+//! A backstop for as long as the rules are being pulled down.
 //!
 //! Rules that someone deletes in a tight loop cannot be put back fast enough: between two repairs the drop targets are
 //! open. Firewall tools leave policy routing alone, though. So while a siege lasts, one rule (ip-rule(8)) sends what
@@ -24,7 +24,7 @@ use super::links::LinkError;
 /// Number of the routing table, and preference of the rule that leads to it: after table `local`, before all others.
 pub const TABLE: u32 = 9092;
 
-/// The second wall.
+/// The backstop.
 #[derive(Debug)]
 pub struct Backstop {
     handle: Handle,
@@ -67,7 +67,7 @@ impl Backstop {
         self.add_rule().await
     }
 
-    /// Takes the wall down, if it is up.
+    /// Takes it down, if it is up.
     ///
     /// # Errors
     /// [`LinkError::Request`].

@@ -201,9 +201,9 @@ impl Links {
     ///
     /// # Errors
     /// [`LinkError::Request`].
-    pub async fn pin_mac(&self, bridge: u32, mac: Mac) -> Result<(), LinkError> {
+    pub async fn pin_mac(&self, bridge: u32, name: &str, mac: Mac) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_index(bridge).address(mac.to_vec()).build();
-        self.change(message, "pin the address of the bridge").await?;
+        self.change(message, format!("pin the Ethernet address of {name}")).await?;
         if let Ok(mut pinned) = self.pinned.lock() {
             *pinned = Some((bridge, mac));
         }
@@ -214,8 +214,8 @@ impl Links {
     ///
     /// # Errors
     /// [`LinkError::Request`].
-    pub async fn set_mtu(&self, index: u32, mtu: u32) -> Result<(), LinkError> {
-        self.change(LinkUnspec::new_with_index(index).mtu(mtu).build(), format!("set the MTU to {mtu}")).await
+    pub async fn set_mtu(&self, index: u32, name: &str, mtu: u32) -> Result<(), LinkError> {
+        self.change(LinkUnspec::new_with_index(index).mtu(mtu).build(), format!("set the MTU of {name} to {mtu}")).await
     }
 
     /// Brings an interface up.
@@ -248,20 +248,20 @@ impl Links {
     ///
     /// # Errors
     /// [`LinkError::Request`].
-    pub async fn add_address(&self, index: u32, address: Ipv4Net) -> Result<(), LinkError> {
+    pub async fn add_address(&self, index: u32, name: &str, address: Ipv4Net) -> Result<(), LinkError> {
         let add = self.handle.address().add(index, address.addr().into(), address.prefix_len()).replace();
-        add.execute().await.map_err(failed(format!("add the address {address}")))
+        add.execute().await.map_err(failed(format!("add the address {address} to {name}")))
     }
 
     /// Removes an IPv4 address.
     ///
     /// # Errors
     /// [`LinkError::Request`].
-    pub async fn remove_address(&self, index: u32, address: Ipv4Net) -> Result<(), LinkError> {
+    pub async fn remove_address(&self, index: u32, name: &str, address: Ipv4Net) -> Result<(), LinkError> {
         let message =
             AddressMessageBuilder::<Ipv4Addr>::new().index(index).address(address.addr(), address.prefix_len()).build();
         let remove = self.handle.address().del(message);
-        remove.execute().await.map_err(failed(format!("remove the address {address}")))
+        remove.execute().await.map_err(failed(format!("remove the address {address} from {name}")))
     }
 
     /// Deletes an interface.

@@ -33,6 +33,7 @@ use step::Step;
 use crate::command;
 use crate::config::{BRIDGE, NodeConfig};
 use crate::files::FileError;
+use crate::log::chain;
 
 /// How often the host is looked at again when it does not become as planned.
 const ATTEMPTS: usize = 4;
@@ -138,8 +139,6 @@ impl Toggles {
 pub struct Outcome {
     /// What was found at the first look; empty when nothing had to be done.
     pub found: Plan,
-    /// The host as it was at the first look.
-    pub before: Observed,
     /// The host as it is now.
     pub after: Observed,
 }
@@ -172,7 +171,7 @@ impl Host {
     }
 
     /// Says whether somebody keeps changing the rules, so that reading them may never end.
-    pub fn besieged(&self, besieged: bool) {
+    pub fn set_besieged(&self, besieged: bool) {
         self.besieged.store(besieged, Ordering::Relaxed);
     }
 
@@ -236,15 +235,15 @@ impl Host {
     /// # Errors
     /// [`HostError`]; [`HostError::NotConverged`] when the host keeps differing.
     pub async fn converge(&self, target: Target<'_>) -> Result<Outcome, HostError> {
-        let mut first: Option<(Plan, Observed)> = None;
+        let mut first: Option<Plan> = None;
         let mut refused = None;
         // In a siege each further attempt is as likely to be undone, and reading may be dear.
         let attempts = if self.is_besieged() { 1 } else { ATTEMPTS };
         for _ in 0..attempts {
             let (plan, observed) = self.plan(target).await?;
-            let (found, before) = first.get_or_insert_with(|| (plan.clone(), observed.clone())).clone();
+            let found = first.get_or_insert_with(|| plan.clone());
             if plan.is_empty() {
-                return Ok(self.converged(found, before, observed));
+                return Ok(self.converged(std::mem::take(found), observed));
             }
             refused = match self.apply(&plan).await {
                 Ok(()) => None,
@@ -257,17 +256,17 @@ impl Host {
         }
         let (plan, after) = self.plan(target).await?;
         match (first, refused) {
-            (Some((found, before)), _) if plan.is_empty() => Ok(self.converged(found, before, after)),
+            (Some(found), _) if plan.is_empty() => Ok(self.converged(found, after)),
             (_, Some(error)) => Err(error.into()),
             (_, None) => Err(HostError::NotConverged(summary(&plan.findings))),
         }
     }
 
-    fn converged(&self, found: Plan, before: Observed, after: Observed) -> Outcome {
+    fn converged(&self, found: Plan, after: Observed) -> Outcome {
         if let Ok(mut dropped) = self.dropped.lock() {
             *dropped = Forwarded::standing(&after);
         }
-        Outcome { found, before, after }
+        Outcome { found, after }
     }
 
     /// What [`Host::clear`] would do.
@@ -354,7 +353,7 @@ impl Host {
             .steps
             .iter()
             .any(|step| matches!(step, Step::Firewall { transaction, .. } if transaction.adds_use_of_set(ipset::SET)));
-        let reason = error_chain(error);
+        let reason = chain(error);
         let about_sets = ["`set'", "xt_set", "ipset"].iter().any(|word| reason.contains(word));
         if uses_set
             && about_sets
@@ -383,9 +382,4 @@ async fn stranded_rules(family: Family) -> Result<(Backend, firewall::Transactio
 #[must_use]
 pub fn summary(findings: &[Finding]) -> String {
     findings.iter().map(|finding| finding.text.as_str()).collect::<Vec<_>>().join("; ")
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

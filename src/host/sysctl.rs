@@ -42,7 +42,10 @@ pub enum SysctlError {
         tools: Vec<String>,
     },
     /// A required parameter could not be set.
-    #[error("cannot set {key} to {value}: it {reading}{}", because(.tools))]
+    #[error(
+        "cannot set {key} to {value}: it {reading}; set it on the host, or make /proc/sys writable here, then try \
+         again{}", because(.tools)
+    )]
     Refused {
         /// The key.
         key: String,

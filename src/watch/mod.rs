@@ -235,12 +235,6 @@ impl Watch {
         }
     }
 
-    /// Whether repairs are being undone again and again: [`Wake::besieged`], as of now.
-    #[must_use]
-    pub fn besieged(&self) -> bool {
-        self.pacer.besieged(Instant::now())
-    }
-
     /// Waits for one thing to happen, at most until `until`. Once something is reported, the sockets are left alone
     /// until the pass starts: in a storm, reading on would cost as much as the storm.
     async fn wait(&mut self, until: Instant) {

@@ -7,7 +7,7 @@
 //! - Passes and looks are paid for, in CPU time, out of a [`Budget`] that refills at a fixed share of a core. While it
 //!   lasts, every offence is repaired at once; when it is used up, repairs come as often as it refills. That is the
 //!   back-off: it needs no guess at how costly a pass is, and it never waits longer than [`LATEST`], or in a siege
-//!   [`LATEST_IN_SIEGE`] times what a pass costs: then the second wall stands while passes are rare.
+//!   [`LATEST_IN_SIEGE`] times what a pass costs: then the backstop stands while passes are rare.
 //! - After a repair come looks at growing intervals, because whoever undid it once is likely still at it.
 //! - While someone keeps undoing, looks come often ([`SIEGE_LOOK`]): not everything that matters sends events.
 

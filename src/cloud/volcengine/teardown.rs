@@ -9,7 +9,8 @@ use crate::cloud::volcengine::Volcengine;
 use crate::cloud::volcengine::answers::{Eni, EniState};
 use crate::cloud::volcengine::calls;
 use crate::cloud::volcengine::session::Session;
-use crate::cloud::{Checkpoint, CloudError, chain};
+use crate::cloud::{Checkpoint, CloudError};
+use crate::log::chain;
 use crate::pool::Pool;
 
 /// The ENIs of this node: their ids, and those of them that the cloud shows.

@@ -175,7 +175,7 @@ impl Worker {
         if refusal == Refusal::PortLimit {
             self.metrics.port_limit_refused();
         }
-        let Some(more) = self.log.allow(reason, self.now().monotonic) else { return };
+        let Some(more) = self.log.allow(reason) else { return };
         match refusal {
             Refusal::PortLimit => tracing::warn!(
                 %mac, port = port.map(|port| port.0), limit = self.config.port_lease_limit, more,

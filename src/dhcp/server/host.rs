@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
 use super::Error;
 use super::bridge::{self, Bridge};
@@ -103,24 +102,5 @@ impl Worker {
             self.repair_routes();
         }
         Ok(())
-    }
-}
-
-/// Lets a message of a kind into the log every now and then.
-#[derive(Default)]
-pub(super) struct LogLimit(HashMap<&'static str, (Duration, u64)>);
-
-impl LogLimit {
-    const INTERVAL: Duration = Duration::from_secs(10);
-
-    /// Whether to log a message of this kind now; with it, how many were held back since the last.
-    pub fn allow(&mut self, kind: &'static str, now: Duration) -> Option<u64> {
-        let (next, held_back) = self.0.entry(kind).or_default();
-        if now < *next {
-            *held_back += 1;
-            return None;
-        }
-        *next = now + Self::INTERVAL;
-        Some(std::mem::take(held_back))
     }
 }

@@ -24,6 +24,7 @@ use crate::dhcp::store::{Outcome, Store};
 use crate::dhcp::wire::{Kind, Malformed, Request};
 use crate::dhcp::{Config, Mac};
 use crate::dhcp::{addresses::Port, frame, routes};
+use crate::log::LogLimit;
 use crate::metrics::Metrics;
 
 /// Requests decided on before their effects are carried out together.
@@ -63,7 +64,7 @@ pub(super) struct Worker {
     /// Until then news of links wait.
     next_news: Duration,
     pace: Pace,
-    pub(super) log: super::host::LogLimit,
+    pub(super) log: LogLimit,
 }
 
 impl Worker {
@@ -117,7 +118,7 @@ impl Worker {
             next_check: CHECK_INTERVAL,
             next_news: Duration::ZERO,
             pace: Pace::default(),
-            log: super::host::LogLimit::default(),
+            log: LogLimit::default(),
             config,
         };
         let now = worker.now();
@@ -221,7 +222,7 @@ impl Worker {
                 Err(Malformed::NotRequest) => self.dropped("not_a_request"),
                 Err(reason) => {
                     let sender = datagram.sender;
-                    if let Some(more) = self.log.allow("malformed", now.monotonic) {
+                    if let Some(more) = self.log.allow("malformed") {
                         tracing::warn!(%sender, %reason, more, "a malformed DHCP message was dropped");
                     }
                     self.dropped("malformed");

@@ -23,8 +23,8 @@ const ANSWER: Duration = Duration::from_millis(200);
 /// How many addresses of a range are looked at for one that fits.
 const TRIES: usize = 4096;
 
-/// Two addresses that no VM has: outside of the pool if the subnet has room, else out of the pool but neither leased nor
-/// known to the kernel; in any case nobody may answer for them. The question goes out from the bridge itself, for an
+/// Two addresses that no VM has: outside of the pool if the subnet has room, else out of the pool but not
+/// leased; in any case nobody may answer for them. The question goes out from the bridge itself, for an
 /// isolated port would not reach the VMs.
 pub(super) async fn two_free(request: &Request, bridge_mac: Mac) -> Result<[Ipv4Addr; 2], ProbeError> {
     let tap = Tap::on(&request.bridge, ARP).map_err(ProbeError::Tap)?;
@@ -43,7 +43,7 @@ pub(super) async fn two_free(request: &Request, bridge_mac: Mac) -> Result<[Ipv4
 /// Candidates in order of preference, highest addresses first: DHCP servers and people start from below.
 fn candidates(request: &Request) -> impl Iterator<Item = Ipv4Addr> {
     let hosts = || request.subnet.hosts().rev().take(TRIES);
-    let usable = |address: &Ipv4Addr| *address != request.gateway && !request.in_use.contains(address);
+    let usable = |address: &Ipv4Addr| *address != request.gateway && !request.leased.contains(address);
     let spare = hosts().filter(|address| !request.pool.contains(address));
     let pooled = hosts().filter(|address| request.pool.contains(address));
     spare.chain(pooled).filter(usable)
@@ -98,11 +98,11 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn request(subnet: &str, pool: &[&str], in_use: &[&str]) -> Request {
+    fn request(subnet: &str, pool: &[&str], leased: &[&str]) -> Request {
         let set = |list: &[&str]| list.iter().map(|address| address.parse().unwrap()).collect();
         let subnet = net(subnet);
         let gateway = subnet.hosts().next().unwrap();
-        Request { subnet, gateway, pool: set(pool), in_use: set(in_use), ..Request::default() }
+        Request { subnet, gateway, pool: set(pool), leased: set(leased), ..Request::default() }
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl Guest {
         let links = namespace.links().map_err(ProbeError::Namespace)??;
         if let Some(index) = links.index_of(INSIDE).await? {
             links.set_up(index, INSIDE).await?;
-            links.add_address(index, address).await?;
+            links.add_address(index, INSIDE, address).await?;
         }
         let tap = namespace.run(|| Tap::on(INSIDE, EVERYTHING)).and_then(|tap| tap).map_err(ProbeError::Tap)?;
         let port_index = nix::net::if_::if_nametoindex(port).map_err(|errno| ProbeError::Tap(errno.into()))?;

@@ -118,8 +118,8 @@ pub struct Request {
     pub targets: Vec<Ipv4Net>,
     /// Addresses that DHCP hands out.
     pub pool: BTreeSet<Ipv4Addr>,
-    /// Addresses that are leased, or that the kernel knows a neighbour for.
-    pub in_use: BTreeSet<Ipv4Addr>,
+    /// Addresses that are leased.
+    pub leased: BTreeSet<Ipv4Addr>,
     /// Who isolates ports.
     pub isolated_by: IsolatedBy,
 }
@@ -134,7 +134,7 @@ impl Default for Request {
             host: false,
             targets: Vec::new(),
             pool: BTreeSet::new(),
-            in_use: BTreeSet::new(),
+            leased: BTreeSet::new(),
             isolated_by: IsolatedBy::default(),
         }
     }
