@@ -66,12 +66,24 @@ pub struct Holder {
     pub pid: Option<i32>,
 }
 
+impl Holder {
+    /// Its command line (`proc_pid_cmdline(5)`); empty when it cannot be read.
+    #[must_use]
+    pub fn argv(&self) -> Vec<String> {
+        let words = self.pid.and_then(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok()).unwrap_or_default();
+        let words = words.strip_suffix(b"\0").unwrap_or(&words);
+        if words.is_empty() {
+            return Vec::new();
+        }
+        words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+    }
+}
+
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Some(pid) = self.pid else { return f.write_str("another process") };
-        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&words).replace('\0', " ");
-        if line.trim().is_empty() { write!(f, "PID {pid}") } else { write!(f, "`{}` (PID {pid})", line.trim()) }
+        let line = self.argv().join(" ");
+        if line.is_empty() { write!(f, "PID {pid}") } else { write!(f, "`{line}` (PID {pid})") }
     }
 }
 
@@ -135,8 +147,12 @@ pub fn make_folders(path: &Path, mode: u32) -> Result<(), FileError> {
     let missing: Vec<&Path> = path.ancestors().take_while(|folder| is_missing(folder)).collect();
     for folder in missing.into_iter().rev() {
         match DirBuilder::new().mode(mode).create(folder) {
-            // A file system without extended attributes: the folder will stay behind.
-            Ok(()) => drop(rustix::fs::setxattr(folder, MADE_BY_US, b"1", rustix::fs::XattrFlags::empty())),
+            // On a file system without extended attributes the folder will stay behind.
+            Ok(()) => {
+                // Whatever the umask says.
+                fs::set_permissions(folder, Permissions::from_mode(mode)).map_err(FileError::io("make", folder))?;
+                let _ = rustix::fs::setxattr(folder, MADE_BY_US, b"1", rustix::fs::XattrFlags::empty());
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(FileError::io("make the folder", folder)(error)),
         }
@@ -197,9 +213,15 @@ impl StateLock {
     /// # Errors
     /// [`FileError::Locked`] names who holds it; [`FileError::Io`] when the folder cannot be opened.
     pub async fn acquire(folder: &Path, wait: Duration) -> Result<Self, FileError> {
-        let handle = File::open(folder).map_err(FileError::io("open", folder))?;
-        wait_for(&handle, folder, wait).await?;
-        Ok(Self { _folder: handle })
+        let deadline = Instant::now() + wait;
+        loop {
+            let handle = File::open(folder).map_err(FileError::io("open", folder))?;
+            wait_for(&handle, folder, deadline.saturating_duration_since(Instant::now())).await?;
+            // A teardown that held the lock may have removed the folder.
+            if is_still_at(&handle, folder) {
+                return Ok(Self { _folder: handle });
+            }
+        }
     }
 }
 

@@ -213,3 +213,59 @@ fn a_dry_run_names_what_others_and_a_killed_daemon_have_left() {
     }
     node.assert_back_to(&before);
 }
+
+#[test]
+fn a_daemon_of_another_state_is_not_pulled_the_host_from_under() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    let _daemon = node.daemon("--metrics-addr=");
+    let before = node.snapshot();
+    let elsewhere = "--platform none --node-name n2 --subnet 172.20.101.0/24 --state-dir /run/other";
+    for command in [format!("init {elsewhere}"), format!("adopt {elsewhere} --manage-iptables")] {
+        let output = node.cocoon(command).exited(1);
+        assert!(output.stderr.contains("/var/lib/cocoon/net") && output.stderr.contains("--state-dir"), "{output}");
+    }
+    node.assert_back_to(&before);
+
+    node.mkdir("/run/other");
+    node.ok(format!("cp {STATE} /run/other/pool.json"));
+    node.cocoon("teardown --state-dir /run/other").exited(1);
+    let output = node.cocoon("check --state-dir /run/other").exited(3);
+    assert!(output.stdout.lines().any(|row| row.starts_with("FAIL") && row.contains("another state")), "{output}");
+}
+
+#[test]
+fn leases_that_were_kept_elsewhere_go_with_the_rest() {
+    let node = Node::new();
+    let before = node.snapshot();
+    node.adopt(DROPS).succeeded();
+    node.mkdir("/run/leases");
+    node.daemon("--metrics-addr= --lease-file /run/leases/here.json").stop();
+    assert!(node.exists("/run/leases/here.json"), "--lease-file is followed");
+    let _daemon = node.daemon("--metrics-addr= --lease-file=/run/leases/here.json");
+    node.cocoon("teardown").succeeded();
+    assert!(!node.exists("/run/leases/here.json"));
+    node.ok("rmdir /run/leases");
+    assert_as_it_was(&node, &before);
+}
+
+#[test]
+fn what_a_killed_daemon_left_in_run_goes_too() {
+    let node = Node::new();
+    let before = node.snapshot();
+    node.adopt(DROPS).succeeded();
+    node.daemon("--metrics-addr=").kill_after(Duration::ZERO);
+    assert!(node.exists("/run/cocoon-net.pid"));
+    node.cocoon("teardown").succeeded();
+    assert!(!node.exists("/run/cocoon-net.pid"));
+    assert_as_it_was(&node, &before);
+}
+
+#[test]
+fn a_state_that_cannot_be_read_is_not_called_nothing() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    node.write(STATE, "{");
+    let output = node.cocoon("teardown").exited(1);
+    assert!(!output.stderr.contains("nothing to tear down") && output.stderr.contains("not a JSON object"), "{output}");
+}

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::cli::AdoptArgs;
-use crate::files::{self, LOCK_WAIT, StateLock};
+use crate::files;
 use crate::host::Host;
 use crate::host::desired::Rules;
 use crate::pool::Pool;
@@ -27,8 +27,7 @@ pub async fn run(args: AdoptArgs) -> Result<()> {
     let config = request.resolve(true).await?;
     let host = Host::open()?;
 
-    configure::prepare_state_dir(state_dir)?;
-    let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
+    let _lock = configure::lock_state(state_dir).await?;
     let earlier = Pool::load_optional(state_dir)?;
     let mut pool = adopted(&request, &config, earlier.as_ref());
     let earlier = earlier.as_ref().map(|earlier| &earlier.config);

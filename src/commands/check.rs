@@ -9,11 +9,11 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::cli::{CheckArgs, switch};
+use crate::cli::CheckArgs;
 use crate::command;
 use crate::config::{BRIDGE, NodeConfig};
 use crate::dhcp::leases;
-use crate::files::{self, Holder, LOCK_WAIT, PID_FILE, StateLock};
+use crate::files::{LOCK_WAIT, StateLock};
 use crate::host::backstop::{self, Backstop};
 use crate::host::desired::{self, Rules};
 use crate::host::firewall::{self, Backend, Family};
@@ -24,6 +24,7 @@ use crate::host::{Host, Target, cni};
 use crate::pool::Pool;
 
 use super::privileges;
+use super::running::{self, RunningDaemon};
 
 /// What came of looking at one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -74,17 +75,17 @@ pub async fn run(args: CheckArgs) -> Result<bool> {
     privileges::require("check")?;
     let pool = Pool::load(&args.state.state_dir)?;
     let host = Host::open_to_look()?;
-    let daemon = files::daemon(Path::new(PID_FILE))?;
+    let daemon = RunningDaemon::find()?;
     let (plan, observed) = host.plan(Target::new(&pool.config, Rules::Manage)).await?;
 
     let mut rows = Rows::default();
     rows_of_host(&mut rows, &pool.config, &plan, &observed);
     rows_of_other_backend(&mut rows).await?;
     rows_of_cni(&mut rows, &pool.config, &observed, daemon.is_some()).await;
-    rows_of_daemon(&mut rows, &pool, daemon.as_ref());
+    rows_of_daemon(&mut rows, &pool, daemon.as_ref(), &args.state.state_dir);
     rows_of_backstop(&mut rows, daemon.is_some()).await?;
     let proof =
-        if args.probe { Some(prove(&pool, &args.state.state_dir, &observed, daemon.is_some()).await?) } else { None };
+        if args.probe { Some(prove(&pool, &args.state.state_dir, &observed, daemon.as_ref()).await?) } else { None };
 
     let good = rows.good() && proof.as_ref().is_none_or(|report| report.verdict == probe::Verdict::Holds);
     if args.json {
@@ -231,26 +232,24 @@ async fn rows_of_cni(rows: &mut Rows, config: &NodeConfig, observed: &Observed, 
     }
 }
 
-fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&Holder>) {
+fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&RunningDaemon>, state_dir: &Path) {
     match daemon {
-        Some(holder) if skips_iptables(holder) && pool.config.wants_isolation() => rows.add(
+        Some(daemon) if !daemon.keeps(state_dir) => rows.add(
             Verdict::Fail,
             "daemon",
-            format!("{holder} writes no rules although drops are asked for; run it without --skip-iptables"),
+            format!("{} goes by another state, {}", daemon.holder, daemon.state_dir().unwrap_or_default().display()),
         ),
-        Some(holder) => rows.add(Verdict::Ok, "daemon", format!("running, {holder}")),
+        Some(daemon) if daemon.skips_iptables() && pool.config.wants_isolation() => rows.add(
+            Verdict::Fail,
+            "daemon",
+            format!("{} writes no rules although drops are asked for; run it without --skip-iptables", daemon.holder),
+        ),
+        Some(daemon) => rows.add(Verdict::Ok, "daemon", format!("running, {}", daemon.holder)),
         None => rows.add(Verdict::Fail, "daemon", "not running: nothing keeps isolation true; start cocoon-net daemon"),
     }
     if pool.ips.is_empty() {
         rows.add(Verdict::Fail, "pool", "empty: an init was not finished; run it again, or teardown");
     }
-}
-
-fn skips_iptables(daemon: &Holder) -> bool {
-    let line = daemon.to_string();
-    let line = line.replace('`', " ");
-    let mut flags = line.split_whitespace().filter_map(|word| word.strip_prefix("--skip-iptables"));
-    flags.any(|value| value.is_empty() || value.strip_prefix('=').is_some_and(|value| switch(value) == Ok(true)))
 }
 
 /// Blackhole routes are the daemon's answer to a siege; without a daemon they only wait to be forgotten.
@@ -270,7 +269,12 @@ async fn rows_of_backstop(rows: &mut Rows, daemon: bool) -> Result<()> {
     Ok(())
 }
 
-async fn prove(pool: &Pool, state_dir: &Path, observed: &Observed, daemon: bool) -> Result<probe::Report> {
+async fn prove(
+    pool: &Pool,
+    state_dir: &Path,
+    observed: &Observed,
+    daemon: Option<&RunningDaemon>,
+) -> Result<probe::Report> {
     // Two probes would take each other's interfaces for leftovers.
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
     let config = &pool.config;
@@ -279,12 +283,13 @@ async fn prove(pool: &Pool, state_dir: &Path, observed: &Observed, daemon: bool)
         Some(plugin) => cni::knows_port_isolation(&plugin).await.0 == Some(true),
         None => false,
     };
-    let isolated_by = match (isolation, daemon) {
+    let isolated_by = match (isolation, daemon.is_some()) {
         (true, true) => IsolatedBy::Daemon,
         (true, false) if by_plugin => IsolatedBy::CniPlugin,
         _ => IsolatedBy::Nobody,
     };
-    let leased: BTreeSet<_> = leases::read(&state_dir.join("leases.json"))?.into_iter().map(|lease| lease.ip).collect();
+    let leased: BTreeSet<_> =
+        leases::read(&running::lease_file(daemon, state_dir))?.into_iter().map(|lease| lease.ip).collect();
     let request = probe::Request {
         bridge: BRIDGE.to_owned(),
         gateway: config.gateway,

@@ -1,12 +1,13 @@
 //! What `init` and `adopt` share: the host is made right and the state saved, or both are as they were.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::command;
 use crate::config::{NodeConfig, Platform};
-use crate::files::{self, HOST_LOCK, LOCK_WAIT, LockFile};
+use crate::files::{self, FileError, HOST_LOCK, LOCK_WAIT, LockFile, StateLock};
 use crate::host::desired::{Desired, Rules};
 use crate::host::observe::Observed;
 use crate::host::plan::Plan;
@@ -15,16 +16,30 @@ use crate::log::chain;
 use crate::pool::{self, Pool};
 
 use super::changes::Changes;
+use super::running::RunningDaemon;
 
-/// Makes sure that the state can be written before anything else is.
-pub fn prepare_state_dir(state_dir: &Path) -> Result<()> {
-    let prepare = || {
+/// Locks the state, having made sure that it can be written and that no daemon of another state runs here, before
+/// anything is changed.
+pub async fn lock_state(state_dir: &Path) -> Result<StateLock> {
+    if let Some(daemon) = RunningDaemon::find()? {
+        daemon.ensure_keeps(state_dir)?;
+    }
+    let lock = async {
         files::make_folders(state_dir, files::STATE_FOLDER_MODE)?;
-        files::check_writable(state_dir)
+        files::check_writable(state_dir)?;
+        StateLock::acquire(state_dir, LOCK_WAIT).await
     };
-    prepare()
+    let locked = match lock.await {
+        // A teardown removed the folder while we waited for it.
+        Err(FileError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+            files::make_folders(state_dir, files::STATE_FOLDER_MODE)?;
+            StateLock::acquire(state_dir, LOCK_WAIT).await
+        }
+        locked => locked,
+    };
+    locked
         .inspect_err(|_| files::remove_made_folders(state_dir))
-        .context("the state could not be saved, so nothing was changed")
+        .context("the state could not be locked and written, so nothing was changed")
 }
 
 /// Makes the host right, then saves the state, or leaves both as they were. The host lock keeps a running daemon from

@@ -12,6 +12,7 @@ use tokio::sync::watch::channel;
 use crate::cli::DaemonArgs;
 use crate::config::BRIDGE;
 use crate::dhcp;
+use crate::dhcp::leases;
 use crate::files::{self, LockFile, PID_FILE, StateLock};
 use crate::host::backstop::Backstop;
 use crate::host::desired::{self, Rules};
@@ -88,6 +89,7 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
                     () = stop.received() => break,
                 };
                 watch.passed(outcome);
+                watch.watch_files(watched_files(node.pool(), &args.state.state_dir));
                 watch.watch_set(set_to_watch(&node));
                 let wanted = dhcp_config(&node, &args);
                 if wanted != served && !wanted.addresses.is_empty() {
@@ -165,7 +167,7 @@ fn dhcp_config(node: &Reconciler, args: &DaemonArgs) -> dhcp::Config {
         mtu: node.mtu(),
         lease_time: args.lease_time,
         port_lease_limit: args.port_lease_limit,
-        lease_file: args.lease_file.clone().unwrap_or_else(|| args.state.state_dir.join("leases.json")),
+        lease_file: args.lease_file.clone().unwrap_or_else(|| leases::path_in(&args.state.state_dir)),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::cloud::Cloud;
 use crate::cloud::limits::Limits;
 use crate::cloud::progress::Progress;
 use crate::config::Platform;
-use crate::files::{self, LOCK_WAIT, StateLock};
+use crate::files;
 use crate::host::desired::Rules;
 use crate::host::{Host, Target};
 use crate::pool::Pool;
@@ -31,8 +31,7 @@ pub async fn run(args: NodeArgs) -> Result<()> {
     let cloud = Cloud::connect(config.platform, Limits::from_env(), Progress::Shown)?;
     let host = Host::open()?;
 
-    configure::prepare_state_dir(state_dir)?;
-    let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
+    let _lock = configure::lock_state(state_dir).await?;
     let earlier = Pool::load_optional(state_dir)?;
     let mut pool = Pool::following(config.clone(), earlier.as_ref());
     if let Err(error) = claim_and_configure(&host, &cloud, &mut pool, earlier.as_ref(), &request).await {

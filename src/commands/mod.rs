@@ -9,6 +9,7 @@ mod docs;
 mod init;
 mod privileges;
 mod request;
+mod running;
 mod status;
 mod teardown;
 
@@ -17,7 +18,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::cli::{Cli, Command};
 
@@ -50,10 +51,33 @@ pub async fn run(cli: Cli) -> Result<ExitCode> {
 async fn unless_interrupted<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
+    let mut hangup = Hangup::listen()?;
     tokio::select! {
         result = work => result,
         _ = interrupt.recv() => bail!("interrupted; run the same command again to carry on"),
         _ = terminate.recv() => bail!("told to stop; run the same command again to carry on"),
+        () = hangup.received() => bail!("the terminal is gone; run the same command again to carry on"),
+    }
+}
+
+/// SIGHUP, which nohup(1) has a command ignore.
+struct Hangup(Option<Signal>);
+
+impl Hangup {
+    fn listen() -> Result<Self> {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        if ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1) {
+            return Ok(Self(None));
+        }
+        Ok(Self(Some(signal(SignalKind::hangup()).context("cannot listen for signals")?)))
+    }
+
+    async fn received(&mut self) {
+        match &mut self.0 {
+            Some(hangup) => drop(hangup.recv().await),
+            None => std::future::pending().await,
+        }
     }
 }
 

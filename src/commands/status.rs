@@ -17,6 +17,7 @@ use crate::log::chain;
 use crate::pool::Pool;
 
 use super::privileges;
+use super::running::{self, RunningDaemon};
 
 /// Runs `status`.
 pub async fn run(args: StatusArgs) -> Result<()> {
@@ -24,7 +25,7 @@ pub async fn run(args: StatusArgs) -> Result<()> {
     let state_dir = &args.state.state_dir;
     let pool = Pool::load(state_dir)?;
     let cloud = cloud_rows(&pool).await;
-    let leases = active_leases(&state_dir.join("leases.json"));
+    let leases = active_leases(&running::lease_file(RunningDaemon::find()?.as_ref(), state_dir));
     let looked = if can_look { look(&pool).await } else { None };
     if args.json {
         let drops = looked.as_ref().map(|looked| looked.drops.as_slice());

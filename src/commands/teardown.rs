@@ -1,6 +1,6 @@
 //! `teardown`: stop the daemon, give the addresses back, remove everything of ours, and last the state.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -14,10 +14,11 @@ use crate::cloud::limits::Limits;
 use crate::cloud::progress::Progress;
 use crate::files::{self, HOST_LOCK, LOCK_WAIT, LockFile, PID_FILE, StateLock};
 use crate::host::Host;
-use crate::pool::{self, Pool};
+use crate::pool::{self, Pool, PoolError};
 
 use super::changes::Changes;
 use super::privileges;
+use super::running::{self, RunningDaemon};
 
 /// How long the daemon may take to stop: it saves its leases.
 const DAEMON_WAIT: Duration = Duration::from_secs(20);
@@ -30,10 +31,15 @@ pub async fn run(args: TeardownArgs) -> Result<()> {
     }
     privileges::require("teardown")?;
     // Before the lock: without a state there may be no folder to lock.
-    Pool::load(state_dir).context("nothing to tear down")?;
+    load(state_dir)?;
+    let daemon = RunningDaemon::find()?;
+    if let Some(daemon) = &daemon {
+        daemon.ensure_keeps(state_dir)?;
+    }
     let _lock = StateLock::acquire(state_dir, LOCK_WAIT).await?;
-    let mut pool = Pool::load(state_dir).context("nothing to tear down")?;
+    let mut pool = load(state_dir)?;
     let platform = pool.config.platform;
+    let lease_file = running::lease_file(daemon.as_ref(), state_dir);
     stop_daemon().await?;
 
     let mut failures: Vec<anyhow::Error> = Vec::new();
@@ -44,7 +50,9 @@ pub async fn run(args: TeardownArgs) -> Result<()> {
         failures.extend(errors);
     }
     if failures.is_empty() {
-        failures.extend(remove_state(state_dir).err());
+        // A daemon that was killed has left its PID file. One that was started meanwhile holds it, and goes by itself.
+        drop(LockFile::acquire(Path::new(PID_FILE), Duration::ZERO).await);
+        failures.extend(remove_state(state_dir, &lease_file).err());
         files::remove_made_folders(&pool.config.cni_conf_dir);
         files::remove_made_folders(state_dir);
     }
@@ -58,6 +66,13 @@ pub async fn run(args: TeardownArgs) -> Result<()> {
         )));
     }
     super::print_line(&format!("cocoon-net teardown complete ({platform})"))
+}
+
+fn load(state_dir: &Path) -> Result<Pool> {
+    match Pool::load(state_dir) {
+        Err(error @ PoolError::Missing(_)) => Err(error).context("nothing to tear down"),
+        pool => Ok(pool?),
+    }
 }
 
 /// Tells a running daemon to stop, and waits until it has.
@@ -100,16 +115,21 @@ async fn clear_host(pool: &Pool) -> Result<(), Vec<anyhow::Error>> {
 }
 
 /// Leases first: without `pool.json` nobody would look for them.
-fn remove_state(state_dir: &Path) -> Result<()> {
-    let folder = std::fs::read_dir(state_dir).with_context(|| format!("cannot read {}", state_dir.display()))?;
-    for entry in folder.flatten() {
-        let name = entry.file_name();
-        if name.to_str().is_some_and(is_beside_the_pool) {
-            files::remove(&entry.path())?;
-        }
+fn remove_state(state_dir: &Path, lease_file: &Path) -> Result<()> {
+    for path in lease_files(state_dir, lease_file)? {
+        files::remove(&path)?;
     }
     files::remove(&pool::path_in(state_dir))?;
     Ok(())
+}
+
+/// The files of the leases: in the state folder, and where the daemon was told to have them.
+fn lease_files(state_dir: &Path, lease_file: &Path) -> Result<Vec<PathBuf>> {
+    let folder = std::fs::read_dir(state_dir).with_context(|| format!("cannot read {}", state_dir.display()))?;
+    let beside = folder.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_beside_the_pool));
+    let elsewhere = [lease_file.to_owned(), lease_file.with_extension("journal")];
+    let elsewhere = elsewhere.into_iter().filter(|path| path.parent() != Some(state_dir) && path.exists());
+    Ok(beside.map(|entry| entry.path()).chain(elsewhere).collect())
 }
 
 /// The lease file, its journal, one that was being made, those that were moved aside, and what a killed writer left.
@@ -121,7 +141,7 @@ fn is_beside_the_pool(name: &str) -> bool {
 
 async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
     let can_look = privileges::can_look("teardown --dry-run");
-    let pool = Pool::load(state_dir).context("nothing to tear down")?;
+    let pool = load(state_dir)?;
     let cloud = Cloud::connect(pool.config.platform, Limits::from_env(), Progress::Hidden)?;
     let calls = cloud.teardown_changes(&pool).await?;
     let mut changes = if can_look {
@@ -132,13 +152,13 @@ async fn dry_run(state_dir: &Path, as_json: bool) -> Result<()> {
         changes
     }
     .with_cloud(calls);
-    if let Some(daemon) = files::daemon(Path::new(PID_FILE))? {
-        changes.note(format!("the daemon, {daemon}, is told to stop first"));
+    let daemon = RunningDaemon::find()?;
+    if let Some(daemon) = &daemon {
+        daemon.ensure_keeps(state_dir)?;
+        changes.note(format!("the daemon, {}, is told to stop first", daemon.holder));
     }
-    for name in std::fs::read_dir(state_dir).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
-        if let Some(name) = name.to_str().filter(|name| is_beside_the_pool(name)) {
-            changes.file(&state_dir.join(name), Some(""), None);
-        }
+    for path in lease_files(state_dir, &running::lease_file(daemon.as_ref(), state_dir))? {
+        changes.file(&path, Some(""), None);
     }
     changes.file(&pool::path_in(state_dir), Some(&pool.to_json()), None);
     changes.print(as_json)

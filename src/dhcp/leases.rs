@@ -68,6 +68,12 @@ pub enum LeaseError {
     Thread,
 }
 
+/// Where the leases are unless told otherwise.
+#[must_use]
+pub fn path_in(state_dir: &Path) -> PathBuf {
+    state_dir.join("leases.json")
+}
+
 /// The leases in a file, those that have run out among them; none when there is no file.
 ///
 /// # Errors

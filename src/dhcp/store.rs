@@ -52,9 +52,6 @@ struct Damaged {
 /// # Errors
 /// When a file cannot be read for a reason other than its contents.
 pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        files::make_folders(folder, files::STATE_FOLDER_MODE).map_err(LeaseError::File)?;
-    }
     let journal_path = path.with_extension("journal");
     let bytes = files::read_optional(path).map_err(LeaseError::File)?;
     let journal = files::read_optional(&journal_path).map_err(LeaseError::File)?;
@@ -224,6 +221,9 @@ impl Writer {
     /// is started over.
     fn begin(&mut self, fresh: bool, damaged: Damaged) -> Result<(), LeaseError> {
         Line::Base(self.table.digest()).write(&mut self.header);
+        if let Some(folder) = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            files::make_folders(folder, files::STATE_FOLDER_MODE).map_err(LeaseError::File)?;
+        }
         if fresh {
             return Ok(());
         }

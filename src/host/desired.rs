@@ -1,6 +1,7 @@
 //! What the host must look like. Pure: no thinking about how to get there.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 
 use ipnet::Ipv4Net;
 use serde_json::Value;
@@ -169,11 +170,21 @@ pub fn needs_set(config: &NodeConfig) -> bool {
     config.drop_targets().len() > MOST_PLAIN_DROPS
 }
 
-/// The rules that drop forwarded VM traffic, one for each target, as `iptables-save` prints them.
+/// The rule that drops what VMs send to a target, as `iptables-save` prints it.
 #[must_use]
-pub fn drop_rule(target: Ipv4Net) -> String {
+pub fn drop_rule(target: Ipv4Net) -> Rule {
     let destination = if target.prefix_len() == 0 { String::new() } else { format!("-d {target} ") };
-    format!("{destination}-i {BRIDGE} -m comment --comment {DROP_TAG} -j DROP")
+    drop(format!("{destination}-i {BRIDGE}"))
+}
+
+/// Drops what matches.
+fn drop(matches: impl Display) -> Rule {
+    Rule::unquoted(format!("{matches} -m comment --comment {DROP_TAG} -j DROP"))
+}
+
+/// Does this with what matches.
+fn tagged(matches: impl Display, target: &str) -> Rule {
+    Rule::unquoted(format!("{matches} -m comment --comment {TAG} -j {target}"))
 }
 
 fn guard(config: &NodeConfig) -> Vec<&'static str> {
@@ -191,25 +202,24 @@ fn firewall(config: &NodeConfig, sets_available: bool) -> Firewall {
     let targets = config.drop_targets();
     let in_set = needs_set(config) && sets_available;
     let drops = if in_set {
-        vec![format!("-i {BRIDGE} -m set --match-set {} dst -m comment --comment {DROP_TAG} -j DROP", ipset::SET)]
+        vec![drop(format!("-i {BRIDGE} -m set --match-set {} dst", ipset::SET))]
     } else {
         targets.iter().map(|target| drop_rule(*target)).collect()
     };
 
-    let tag = format!("-m comment --comment {TAG}");
     let mut accepts = Vec::new();
     for uplink in config.uplinks() {
-        accepts.push(format!("-i {uplink} -o {BRIDGE} {tag} -j ACCEPT"));
-        accepts.push(format!("-i {BRIDGE} -o {uplink} {tag} -j ACCEPT"));
+        accepts.push(tagged(format!("-i {uplink} -o {BRIDGE}"), "ACCEPT"));
+        accepts.push(tagged(format!("-i {BRIDGE} -o {uplink}"), "ACCEPT"));
     }
-    accepts.push(format!("-i {BRIDGE} -o {BRIDGE} {tag} -j ACCEPT"));
-    let masquerade = format!("-s {} ! -o {BRIDGE} {tag} -j MASQUERADE", config.subnet);
+    accepts.push(tagged(format!("-i {BRIDGE} -o {BRIDGE}"), "ACCEPT"));
+    let masquerade = tagged(format!("-s {} ! -o {BRIDGE}", config.subnet), "MASQUERADE");
 
-    let chain = |table: &str, chain: &str, head: Vec<String>, tail: Vec<String>| ChainRules {
+    let chain = |table: &str, chain: &str, head: Vec<Rule>, tail: Vec<Rule>| ChainRules {
         table: table.to_owned(),
         chain: chain.to_owned(),
-        head: parse(&head),
-        tail: parse(&tail),
+        head,
+        tail,
     };
     let mut v4 =
         vec![chain("filter", "FORWARD", drops, accepts), chain("nat", "POSTROUTING", vec![], vec![masquerade])];
@@ -218,37 +228,34 @@ fn firewall(config: &NodeConfig, sets_available: bool) -> Firewall {
         v4.push(chain("filter", "INPUT", input_drops(config), vec![]));
     }
     if config.drops.internal {
-        let drop = format!("-i {BRIDGE} -o {BRIDGE} -m comment --comment {DROP_TAG} -j DROP");
-        v6.push(chain("filter", "FORWARD", vec![drop], vec![]));
+        v6.push(chain("filter", "FORWARD", vec![drop(format!("-i {BRIDGE} -o {BRIDGE}"))], vec![]));
     }
     if config.drops.host {
         // Neighbour discovery is ICMPv6, and so is ping.
-        let drop = format!(
-            "-i {BRIDGE} ! -p ipv6-icmp -m conntrack ! --ctstate RELATED,ESTABLISHED -m comment --comment {DROP_TAG} -j DROP"
-        );
-        v6.push(chain("filter", "INPUT", vec![drop], vec![]));
+        let new = "-m conntrack ! --ctstate RELATED,ESTABLISHED";
+        let drops = vec![drop(format!("-i {BRIDGE} ! -p ipv6-icmp {new}"))];
+        v6.push(chain("filter", "INPUT", drops, vec![]));
     }
     Firewall { v4, v6, set: in_set.then(|| ipset::entries(&targets)) }
 }
 
 /// What a VM may not open to the node itself. No rule accepts anything, so that an operator's own INPUT rules keep
 /// their say, and each rule holds by itself, so that their order does not matter.
-fn input_drops(config: &NodeConfig) -> Vec<String> {
-    let end = format!("-m comment --comment {DROP_TAG} -j DROP");
+fn input_drops(config: &NodeConfig) -> Vec<Rule> {
     let mut rules = Vec::new();
     if config.drops.metadata {
         // A metadata server on the node itself, and one that the node redirects to (as GKE's does): the address the
         // VM asked for is the one conntrack remembers, unless it is told not to track.
         for range in config.platform.metadata_ranges() {
-            rules.push(format!("-d {range} -i {BRIDGE} {end}"));
-            rules.push(format!("-i {BRIDGE} -m conntrack --ctorigdst {} {end}", range.addr()));
+            rules.push(drop(format!("-d {range} -i {BRIDGE}")));
+            rules.push(drop(format!("-i {BRIDGE} -m conntrack --ctorigdst {}", range.addr())));
         }
     }
     if config.drops.host {
         let new = "-m conntrack ! --ctstate RELATED,ESTABLISHED";
-        rules.push(format!("-i {BRIDGE} ! -p icmp {new} ! --ctproto 17 {end}"));
-        rules.push(format!("-i {BRIDGE} -p udp -m udp ! --dport 67 {new} {end}"));
-        rules.push(format!("-i {BRIDGE} -p icmp -m icmp ! --icmp-type 8 {new} {end}"));
+        rules.push(drop(format!("-i {BRIDGE} ! -p icmp {new} ! --ctproto 17")));
+        rules.push(drop(format!("-i {BRIDGE} -p udp -m udp ! --dport 67 {new}")));
+        rules.push(drop(format!("-i {BRIDGE} -p icmp -m icmp ! --icmp-type 8 {new}")));
     }
     rules
 }
@@ -264,9 +271,4 @@ fn sysctls(config: &NodeConfig) -> Vec<Setting> {
         required: false,
     }));
     settings
-}
-
-/// Rules made of validated parts always parse.
-fn parse(rules: &[String]) -> Vec<Rule> {
-    rules.iter().filter_map(|rule| Rule::parse(rule).ok()).collect()
 }

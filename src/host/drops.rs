@@ -58,12 +58,10 @@ fn are_met(plan: &Plan) -> bool {
 
 /// Whether the plan has to do anything about the rules or the set that drop this range.
 fn is_touched(plan: &Plan, cidr: Ipv4Net) -> bool {
-    let rule = Rule::parse(&drop_rule(cidr)).ok();
+    let rule = drop_rule(cidr);
     let asked_for = cidr.addr().to_string();
     let drops_it = |other: &Rule| {
-        Some(other) == rule.as_ref()
-            || other.uses_set(ipset::SET)
-            || other.argument("--ctorigdst") == Some(asked_for.as_str())
+        *other == rule || other.uses_set(ipset::SET) || other.argument("--ctorigdst") == Some(asked_for.as_str())
     };
     plan.steps.iter().any(|step| match step {
         Step::FillSet { .. } => true,
@@ -149,7 +147,7 @@ pub fn dropped_range(rule: &Rule) -> Option<Ipv4Net> {
         Some(range) => range.parse().ok()?,
         None => Ipv4Net::default(),
     };
-    (rule.is_our_drop() && Rule::parse(&drop_rule(range)).as_ref() == Ok(rule)).then_some(range)
+    (rule.is_our_drop() && drop_rule(range) == *rule).then_some(range)
 }
 
 /// What INPUT has dropped: on its way to a metadata server on the node itself, or by way of a redirection to one.

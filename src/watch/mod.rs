@@ -203,6 +203,11 @@ impl Watch {
         self.set = set.map(|name| WatchedSet { name: name.to_owned(), digest: None, read: None });
     }
 
+    /// Watches these files from now on.
+    pub fn watch_files(&mut self, files: Vec<PathBuf>) {
+        self.options.files = files;
+    }
+
     /// Makes the next [`Watch::next`] return as soon as the budget allows.
     pub fn request(&mut self) {
         self.report([Reason::Requested]);

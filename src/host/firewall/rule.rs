@@ -32,6 +32,13 @@ impl Rule {
         Ok(Self { text: text.to_owned(), options: options(words) })
     }
 
+    /// A rule whose words hold neither blanks nor quotes, as those that we make of validated parts.
+    #[must_use]
+    pub fn unquoted(text: String) -> Self {
+        let words = text.split_whitespace().map(|word| Word { text: word.to_owned(), quoted: false }).collect();
+        Self { options: options(words), text }
+    }
+
     /// The rule as text.
     #[must_use]
     pub fn text(&self) -> &str {
