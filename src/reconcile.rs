@@ -5,6 +5,7 @@
 //! says whether isolation is verified (health, metrics, systemd, the gate of new leases), counts and logs each repair,
 //! and takes the bridge down when told to quarantine.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
 use crate::host::firewall::{Backend, FirewallError};
 use crate::host::plan::{Drift, Plan};
+use crate::host::step::Step;
 use crate::host::{Host, HostError, Outcome, Target, drops, summary};
 use crate::log::{LogLimit, chain};
 use crate::metrics::{Health, Metrics};
@@ -50,6 +52,17 @@ pub enum PassError {
     /// Something never answered.
     #[error("looking after the host took more than {} s and was given up", .0.as_secs())]
     Overdue(Duration),
+}
+
+impl PassError {
+    /// What the pass came to, for the watch.
+    #[must_use]
+    pub fn outcome(&self) -> watch::Outcome {
+        match self {
+            Self::Host(HostError::NotConverged(_)) => watch::Outcome::Undone,
+            _ => watch::Outcome::Failed,
+        }
+    }
 }
 
 /// How a daemon is to go about it.
@@ -119,6 +132,8 @@ pub struct Reconciler {
     changed: bool,
     repairs: LogLimit,
     troubles: LogLimit,
+    /// Indices of the interfaces that were isolated ports once.
+    isolated_ports: HashSet<u32>,
 }
 
 impl Reconciler {
@@ -141,6 +156,7 @@ impl Reconciler {
             changed: false,
             repairs: LogLimit::default(),
             troubles: LogLimit::default(),
+            isolated_ports: HashSet::new(),
         }
     }
 
@@ -174,7 +190,12 @@ impl Reconciler {
         // A quarantine comes when it is due, whatever hangs.
         let limit = if self.options.quarantine { QUARANTINE_AFTER } else { PASS_LIMIT };
         let work = async {
-            self.set_backstop(besieged).await;
+            if besieged {
+                self.raise_backstop().await;
+            }
+            if self.quarantined {
+                self.quarantine().await;
+            }
             self.try_pass().await
         };
         let result = timeout(limit, work).await.unwrap_or(Err(PassError::Overdue(limit)));
@@ -182,12 +203,18 @@ impl Reconciler {
         self.listeners.metrics.reconcile_took(begin.elapsed());
         match result {
             Ok(outcome) => {
-                let repaired = !outcome.found.is_empty();
+                let joined = self.ports_that_joined(&outcome);
+                let repaired = !outcome.found.is_empty() && joined.is_empty();
                 if repaired {
                     self.say_what_was_done(&outcome.found, wake);
+                } else if !joined.is_empty() {
+                    tracing::info!(ports = joined.join(", "), "isolated ports that joined {BRIDGE}");
                 }
                 self.note_drops(&outcome);
                 self.verified();
+                if !besieged {
+                    self.lower_backstop().await;
+                }
                 Ok(if repaired { watch::Outcome::Repaired } else { watch::Outcome::Clean })
             }
             Err(error) => {
@@ -210,15 +237,27 @@ impl Reconciler {
         tokio::spawn(alarm).abort_handle()
     }
 
-    /// While something keeps undoing the rules, the drop targets lead nowhere even between two repairs.
-    async fn set_backstop(&mut self, besieged: bool) {
-        let result = match besieged && self.options.rules == Rules::Manage {
-            true => self.backstop.raise(&self.pool.config.drop_targets()).await,
-            false => self.backstop.lower().await,
-        };
-        if let Err(error) = result {
-            tracing::warn!(error = %chain(&error), besieged, "cannot change the blackhole routes");
+    /// While something keeps undoing the rules, or nobody can tell whether they stand, the drop targets lead nowhere.
+    pub async fn raise_backstop(&mut self) {
+        let targets = self.pool.config.drop_targets();
+        if self.options.rules == Rules::Manage
+            && !targets.is_empty()
+            && let Err(error) = self.backstop.raise(&targets).await
+        {
+            tracing::warn!(error = %chain(&error), "cannot put up the blackhole routes");
         }
+    }
+
+    async fn lower_backstop(&mut self) {
+        if let Err(error) = self.backstop.lower().await {
+            tracing::warn!(error = %chain(&error), "cannot take down the blackhole routes");
+        }
+    }
+
+    /// Whether the drop targets lead nowhere, whatever becomes of the rules.
+    #[must_use]
+    pub fn backstop_stands(&self) -> bool {
+        self.backstop.is_up()
     }
 
     async fn try_pass(&mut self) -> Result<Outcome, PassError> {
@@ -258,6 +297,25 @@ impl Reconciler {
         }
         self.pool = pool;
         Ok(())
+    }
+
+    /// The ports that were isolated, if that is all that had to be done and none of them had been before: VMs that were
+    /// started, and nothing that was undone.
+    fn ports_that_joined(&mut self, Outcome { found, after }: &Outcome) -> Vec<String> {
+        let mut joined = Vec::new();
+        for step in &found.steps {
+            match step {
+                Step::IsolatePort { port, isolated: true } => joined.push(port.clone()),
+                _ => joined.clear(),
+            }
+        }
+        let index = |name: &String| after.link(name).map(|link| link.index);
+        let others = found.steps.len() != joined.len();
+        let again = joined.iter().filter_map(index).any(|index| self.isolated_ports.contains(&index));
+        // A port that was taken away is remembered for as long as its interface is there.
+        self.isolated_ports.retain(|index| after.links.iter().any(|link| link.index == *index));
+        self.isolated_ports.extend(after.ports().filter(|port| port.isolated).map(|port| port.index));
+        if others || again || !found.obstacles.is_empty() { Vec::new() } else { joined }
     }
 
     fn say_what_was_done(&mut self, found: &Plan, wake: Option<&Wake>) {
@@ -326,8 +384,27 @@ impl Reconciler {
         }
         self.listeners.fails(&why);
         let since = *self.unverified_since.get_or_insert(begin);
-        if self.options.quarantine && !self.quarantined && since.elapsed() >= QUARANTINE_AFTER {
+        if self.options.quarantine && (self.quarantined || since.elapsed() >= QUARANTINE_AFTER) {
             self.quarantine().await;
+        }
+        // A daemon that does not start leaves the host as it is.
+        if self.started && self.options.rules == Rules::Manage {
+            self.raise_backstop().await;
+            // One that was undone has come as far as the other layer.
+            if error.outcome() == watch::Outcome::Failed {
+                self.do_without_rules().await;
+            }
+        }
+    }
+
+    /// What keeps VMs apart beside the rules is kept true also while these cannot be.
+    async fn do_without_rules(&self) {
+        let target = Target { bridge_up: !self.quarantined, ..Target::new(&self.pool.config, Rules::Leave) };
+        match timeout(VERDICT_LIMIT, self.host.do_what_can_be_done(target)).await {
+            Ok(Ok(done)) if done.is_empty() => {}
+            Ok(Ok(done)) => tracing::warn!(found = %summary(&done.findings), "the host had drifted and was repaired"),
+            Ok(Err(error)) => tracing::debug!(error = %chain(&error), "ports and toggles cannot be seen to either"),
+            Err(_) => tracing::debug!("seeing to ports and toggles takes too long"),
         }
     }
 
@@ -349,10 +426,12 @@ impl Reconciler {
         }
     }
 
-    /// Takes the bridge down, so that no VM sends or receives anything until isolation is verified.
+    /// Takes the bridge down, so that no VM sends or receives anything until isolation is verified. Whoever plugs in a
+    /// VM may take it up, so this comes with every pass until then.
     async fn quarantine(&mut self) {
-        match self.host.links.index_of(BRIDGE).await {
-            Ok(Some(bridge)) => match self.host.links.set_down(bridge, BRIDGE).await {
+        match self.host.links.find(BRIDGE).await {
+            Ok(Some(bridge)) if self.quarantined && !bridge.up => {}
+            Ok(Some(bridge)) => match self.host.links.set_down(bridge.index, BRIDGE).await {
                 Ok(()) => {
                     self.quarantined = true;
                     tracing::error!("quarantine: {BRIDGE} is down until isolation is verified");

@@ -208,6 +208,7 @@ fn what_others_do_to_toggles_and_links_is_undone() {
         ("what `sysctl --system` does", "sysctl -qw net.bridge.bridge-nf-call-iptables=0"),
         ("the IPv6 toggle", "sysctl -qw net.bridge.bridge-nf-call-ip6tables=0"),
         ("forwarding off", "sysctl -qw net.ipv4.ip_forward=0"),
+        ("reverse path filtering", "sysctl -qw net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.cni0.rp_filter=2"),
         ("a port's flag", "ip link set veth-a type bridge_slave isolated off"),
         ("a port that is moved away and back", "ip link set veth-a nomaster; ip link set veth-a master cni0"),
         ("a flushed address", "ip addr flush dev cni0"),
@@ -271,6 +272,7 @@ fn a_set_that_is_flushed_deleted_or_edited_is_put_back() {
             let set = node.run("ipset list cocoon-net-drop").stdout;
             let entries = set.lines().filter(|line| line.contains(" packets ")).count();
             entries == 21
+                && !set.contains("nomatch")
                 && set.contains("10.0.0.0/8 ")
                 && node.ok("iptables -S FORWARD").contains("--match-set cocoon-net-drop dst")
         };
@@ -280,6 +282,7 @@ fn a_set_that_is_flushed_deleted_or_edited_is_put_back() {
             "ipset del cocoon-net-drop 10.0.0.0/8",
             "ipset del cocoon-net-drop 10.0.0.0/8; ipset add cocoon-net-drop 11.0.0.0/8",
             "ipset add cocoon-net-drop 203.0.113.0/24",
+            "ipset -exist add cocoon-net-drop 10.0.0.0/8 nomatch",
             "iptables -F FORWARD; ipset destroy cocoon-net-drop",
         ] {
             node.ok(["sh", "-ec", offence]);
@@ -423,4 +426,77 @@ fn an_undisturbed_daemon_changes_nothing() {
     for backend in [Backend::Nft, Backend::Legacy] {
         Kept::new(backend).comes_to_rest("at rest");
     }
+}
+
+#[test]
+fn source_routing_of_others_does_not_lead_around_the_backstop() {
+    let kept = Kept::new(Backend::Nft);
+    kept.node.ok("ip route add default via 10.128.0.1 table 100");
+    kept.node.ok("ip rule add from 172.20.100.0/24 lookup 100 pref 1000");
+    assert!(kept.a.reaches(INTERNET));
+    let _flusher = kept.node.spawn(["sh", "-c", "while :; do iptables -F FORWARD; done"]);
+    assert!(support::eventually(Duration::from_secs(10), || kept.node.ok("ip rule").contains("9092")));
+    assert!(kept.a.is_cut_off_from(INSIDE_TEN));
+}
+
+/// A native rule that iptables cannot print: from then on rules can be neither read nor written.
+const UNREADABLE: &str = "nft insert rule ip filter FORWARD meta cgroup 1 accept";
+
+#[test]
+fn ports_and_toggles_are_kept_true_while_rules_cannot_be_read() {
+    let kept = Kept::new(Backend::Nft);
+    kept.node.ok(UNREADABLE);
+    if kept.node.run("iptables-save").code() == 0 {
+        return;
+    }
+    kept.node.set_sysctl("net/bridge/bridge-nf-call-iptables", "0");
+    let c = kept.node.vm("c");
+    let kept_true = || {
+        kept.node.sysctl("net/bridge/bridge-nf-call-iptables") == "1"
+            && kept.node.ok("ip -d -o link show dev veth-c").contains("isolated on")
+    };
+    assert!(support::eventually(Duration::from_secs(5), kept_true));
+    assert!(c.is_cut_off_from(kept.a.link_local()));
+}
+
+#[test]
+fn a_quarantined_bridge_that_someone_takes_up_goes_down_again() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    let _a = node.vm("a");
+    let _daemon = node.daemon("--quarantine");
+    node.ok(UNREADABLE);
+    if node.run("iptables-save").code() == 0 {
+        return;
+    }
+    let is_down = || !node.ok("ip -o link show dev cni0").contains(",UP");
+    assert!(support::eventually(Duration::from_secs(20), is_down));
+    node.ok("ip link set cni0 up");
+    assert!(support::eventually(PROMISE, is_down), "what plugs in a VM takes the bridge up");
+}
+
+#[test]
+fn a_conflist_that_is_removed_does_not_take_inherited_isolation_with_it() {
+    let node = Node::new();
+    node.write("/etc/cni/net.d/30-cocoon-dhcp.conflist", include_str!("golden/conflist.json"));
+    node.adopt("").succeeded();
+    let _daemon = node.daemon("");
+    for damage in ["rm", "truncate -s 0"] {
+        node.ok(format!("{damage} /etc/cni/net.d/30-cocoon-dhcp.conflist"));
+        let back = || node.run("cat /etc/cni/net.d/30-cocoon-dhcp.conflist").stdout.contains("portIsolation");
+        assert!(support::eventually(PROMISE, back), "{damage}");
+    }
+}
+
+#[test]
+fn vms_that_are_started_are_no_drift() {
+    let mut kept = Kept::new(Backend::Nft);
+    let (log, repairs) = (kept.daemon.stderr().len(), kept.repairs());
+    let vms: Vec<_> = (0..6).map(|n| kept.node.vm(&format!("n{n}"))).collect();
+    kept.becomes_isolated("six VMs are started");
+    kept.comes_to_rest("six VMs are started");
+    let said = kept.daemon.stderr().split_off(log);
+    assert!(!said.contains("WARN") && (kept.repairs() - repairs).abs() < 0.5, "{said}");
+    assert!(!kept.node.ok("ip rule").contains("9092"), "{said}");
+    assert!(vms[0].is_cut_off_from(vms[1].link_local()) && vms[0].reaches(INTERNET));
 }

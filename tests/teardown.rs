@@ -205,7 +205,7 @@ fn a_dry_run_names_what_others_and_a_killed_daemon_have_left() {
     node.ok("ipset create cocoon-net-next hash:net");
     let _daemon = node.daemon("--metrics-addr= --skip-iptables");
     node.ok("ip route add blackhole 10.0.0.0/8 table 9092");
-    node.ok("ip rule add iif cni0 lookup 9092 pref 9092");
+    node.ok("ip rule add iif cni0 lookup 9092 pref 1");
     let before = node.snapshot();
     let output = node.cocoon("teardown --dry-run").succeeded();
     for line in ["- iptables-legacy -t filter -A FORWARD", "- ipset cocoon-net-next", "table 9092", "# the daemon"] {

@@ -256,7 +256,7 @@ fn rows_of_daemon(rows: &mut Rows, pool: &Pool, daemon: Option<&RunningDaemon>, 
 async fn rows_of_backstop(rows: &mut Rows, daemon: bool) -> Result<()> {
     if Backstop::open(BRIDGE)?.stands().await? {
         let why = if daemon {
-            "something keeps undoing the rules: see the daemon's log for what"
+            "something keeps undoing the rules, or they cannot be read: see the daemon's log for what"
         } else {
             "a daemon ended under siege has left it; the next one, or teardown, takes it down"
         };

@@ -85,10 +85,14 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
             }
             wake = watch.next() => {
                 let outcome = tokio::select! {
-                    result = node.pass(Some(&wake)) => result.unwrap_or(watch::Outcome::Failed),
+                    outcome = node.pass(Some(&wake)) => outcome.unwrap_or_else(|error| error.outcome()),
                     () = stop.received() => break,
                 };
                 watch.passed(outcome);
+                if watch.besieged() {
+                    node.raise_backstop().await;
+                }
+                watch.set_backstop(node.backstop_stands());
                 watch.watch_files(watched_files(node.pool(), &args.state.state_dir));
                 watch.watch_set(set_to_watch(&node));
                 let wanted = dhcp_config(&node, &args);

@@ -21,15 +21,21 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::links::LinkError;
 
-/// Number of the routing table, and preference of the rule that leads to it: after table `local`, before all others.
+/// Number of the routing table.
 pub const TABLE: u32 = 9092;
+
+/// Preference of the rule that leads to it: after table `local`, before whatever else routes by source.
+const PREFERENCE: u32 = 1;
 
 /// The backstop.
 #[derive(Debug)]
 pub struct Backstop {
     handle: Handle,
     bridge: String,
+    /// Whether there may be something to take down.
     up: bool,
+    /// Whether all of it stands, as far as we know.
+    whole: bool,
 }
 
 impl Backstop {
@@ -41,7 +47,7 @@ impl Backstop {
     pub fn open(bridge: &str) -> Result<Self, LinkError> {
         let (connection, handle, _) = rtnetlink::new_connection_with_strict_check().map_err(LinkError::Open)?;
         tokio::spawn(connection);
-        Ok(Self { handle, bridge: bridge.to_owned(), up: true })
+        Ok(Self { handle, bridge: bridge.to_owned(), up: true, whole: false })
     }
 
     /// Whether it stands on the host, whoever raised it.
@@ -57,14 +63,22 @@ impl Backstop {
     /// # Errors
     /// [`LinkError::Request`].
     pub async fn raise(&mut self, targets: &BTreeSet<Ipv4Net>) -> Result<(), LinkError> {
-        self.up = true;
+        (self.up, self.whole) = (true, false);
         for target in targets {
             let add = self.handle.route().add(nowhere(*target)).replace();
             add.execute().await.map_err(failed(format!("route {target} to nowhere in table {TABLE}")))?;
         }
         let stale = self.routes().await?.into_iter().filter(|route| !targets.contains(&destination(route)));
         self.remove(stale).await?;
-        self.add_rule().await
+        self.add_rule().await?;
+        self.whole = true;
+        Ok(())
+    }
+
+    /// Whether we have put it up.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.whole
     }
 
     /// Takes it down, if it is up.
@@ -72,6 +86,7 @@ impl Backstop {
     /// # Errors
     /// [`LinkError::Request`].
     pub async fn lower(&mut self) -> Result<(), LinkError> {
+        self.whole = false;
         if !self.up {
             return Ok(());
         }
@@ -95,7 +110,7 @@ impl Backstop {
     }
 
     fn rule(&self) -> RuleMessage {
-        let add = self.handle.rule().add().input_interface(&self.bridge).table_id(TABLE).priority(TABLE);
+        let add = self.handle.rule().add().input_interface(&self.bridge).table_id(TABLE).priority(PREFERENCE);
         add.action(RuleAction::ToTable).v4().message_mut().clone()
     }
 

@@ -26,16 +26,16 @@ pub struct Isolation {
 }
 
 impl Isolation {
-    /// Reads the keys out of an existing configuration of ours; anything else has none.
+    /// Reads the keys out of an existing configuration of ours; of anything else they cannot be read.
     #[must_use]
-    pub fn of(conflist: &[u8]) -> Self {
-        let config: Value = serde_json::from_slice(conflist).unwrap_or_default();
+    pub fn of(conflist: &[u8]) -> Option<Self> {
+        let config: Value = serde_json::from_slice(conflist).ok()?;
         if config["name"] != "cocoon-dhcp" {
-            return Self::default();
+            return None;
         }
         let plugins = config["plugins"].as_array().map_or(&[][..], Vec::as_slice);
         let any = |key: &str| plugins.iter().any(|plugin| plugin[key] == true);
-        Self { ports: any("portIsolation"), mac_spoof_check: any("macspoofchk") }
+        Some(Self { ports: any("portIsolation"), mac_spoof_check: any("macspoofchk") })
     }
 
     /// What a configuration must say when these keys are wanted and those are there: a node does not lose isolation
@@ -100,13 +100,13 @@ mod tests {
         let plain = conflist("cni0", Isolation::default());
         assert!(plain["plugins"][0].get("portIsolation").is_none());
         let both = conflist("cni0", Isolation { ports: true, mac_spoof_check: true });
-        assert_eq!(Isolation::of(to_text(&both).as_bytes()), Isolation { ports: true, mac_spoof_check: true });
+        assert_eq!(Isolation::of(to_text(&both).as_bytes()), Some(Isolation { ports: true, mac_spoof_check: true }));
     }
 
     #[test]
     fn keys_of_a_foreign_configuration_do_not_count() {
-        assert_eq!(Isolation::of(br#"{"name":"x","plugins":[{"portIsolation":true}]}"#), Isolation::default());
-        assert_eq!(Isolation::of(b"junk"), Isolation::default());
+        assert_eq!(Isolation::of(br#"{"name":"x","plugins":[{"portIsolation":true}]}"#), None);
+        assert_eq!(Isolation::of(b"junk"), None);
     }
 
     #[test]

@@ -122,6 +122,12 @@ impl Desired {
         }
     }
 
+    /// What such a node looks like but for its rules, which are not ours to write just now.
+    #[must_use]
+    pub fn beside_rules(config: &NodeConfig, observed: &Observed) -> Self {
+        Self { guard: guard(config), ..Self::for_node(config, Rules::Leave, observed) }
+    }
+
     /// The same, coming from an earlier configuration whose gateway address must leave the bridge.
     #[must_use]
     pub fn replacing(mut self, earlier: Option<&NodeConfig>) -> Self {

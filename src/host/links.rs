@@ -272,12 +272,20 @@ impl Links {
         self.handle.link().del(index).execute().await.map_err(failed(format!("delete {name}")))
     }
 
+    /// An interface by its name.
+    ///
+    /// # Errors
+    /// [`LinkError::Request`]; an interface that is not there is `None`.
+    pub async fn find(&self, name: &str) -> Result<Option<Link>, LinkError> {
+        Ok(self.read().await?.into_iter().find(|link| link.name == name))
+    }
+
     /// Index of an interface by its name.
     ///
     /// # Errors
     /// [`LinkError::Request`]; an interface that is not there is `None`.
     pub async fn index_of(&self, name: &str) -> Result<Option<u32>, LinkError> {
-        Ok(self.read().await?.iter().find(|link| link.name == name).map(|link| link.index))
+        Ok(self.find(name).await?.map(|link| link.index))
     }
 
     async fn routes_of_leases(&self, bridge: u32, subnet: Ipv4Net) -> Result<Vec<RouteMessage>, LinkError> {

@@ -82,6 +82,8 @@ pub struct Host {
     given_up: Mutex<BTreeSet<String>>,
     /// What was dropped up to the last look that found the host as wanted.
     dropped: Mutex<Forwarded>,
+    /// The isolation keys of the CNI configuration when it was last read.
+    isolation: Mutex<cni::Isolation>,
 }
 
 /// What the host is to be made.
@@ -167,6 +169,7 @@ impl Host {
             besieged: AtomicBool::default(),
             given_up: Mutex::default(),
             dropped: Mutex::default(),
+            isolation: Mutex::default(),
         }
     }
 
@@ -262,6 +265,22 @@ impl Host {
         }
     }
 
+    /// Makes all but the rules be as wanted, as far as that goes, and says what was found. For when the rules can be
+    /// neither read nor written: each of the two layers holds by itself.
+    ///
+    /// # Errors
+    /// [`HostError`] when the host cannot be read, or the first of the steps that failed.
+    pub async fn do_what_can_be_done(&self, target: Target<'_>) -> Result<Plan, HostError> {
+        let observed = Observed::read(self, Target { rules: Rules::Leave, ..target }, Scope::Node).await?;
+        let desired = Desired::beside_rules(target.config, &observed);
+        let desired = if target.bridge_up { desired } else { desired.with_bridge_down() };
+        let plan = Plan::new(target.config, &desired, &observed);
+        match self.apply_all(&plan).await {
+            Ok(()) => Ok(plan),
+            Err(failures) => failures.into_iter().next().map_or(Ok(plan), Err),
+        }
+    }
+
     fn converged(&self, found: Plan, after: Observed) -> Outcome {
         if let Ok(mut dropped) = self.dropped.lock() {
             *dropped = Forwarded::standing(&after);
@@ -342,6 +361,18 @@ impl Host {
     /// Why sets cannot be had, when iptables refused a rule over one.
     fn set_refused(&self) -> Option<String> {
         self.set_refused.lock().ok().and_then(|refused| refused.clone())
+    }
+
+    /// The isolation keys that a CNI configuration had which is gone or no longer readable: it does not lose them.
+    fn lost_isolation(&self, conflist: Option<&[u8]>) -> cni::Isolation {
+        let Ok(mut last) = self.isolation.lock() else { return cni::Isolation::default() };
+        match conflist.and_then(cni::Isolation::of) {
+            Some(keys) => {
+                *last = keys;
+                cni::Isolation::default()
+            }
+            None => *last,
+        }
     }
 
     fn dropped_before(&self) -> Forwarded {

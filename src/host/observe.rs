@@ -34,6 +34,8 @@ pub struct Observed {
     pub conflist: Option<Vec<u8>>,
     /// The CNI configuration in the folder of an earlier configuration of this node, if that was another one.
     pub retired_conflist: Option<Vec<u8>>,
+    /// The isolation keys that the CNI configuration had before it was lost, if it was.
+    pub lost_isolation: Isolation,
     /// The cron file, if there is one.
     pub cron: Option<Vec<u8>>,
     /// Whether the guest agent's local route is there.
@@ -54,6 +56,7 @@ impl Default for Observed {
             sysctls: BTreeMap::new(),
             conflist: None,
             retired_conflist: None,
+            lost_isolation: Isolation::default(),
             cron: None,
             local_route: false,
             lease_routes: Vec::new(),
@@ -109,13 +112,15 @@ impl Observed {
             .map(str::to_owned)
             .chain(["all", "default", BRIDGE].into_iter().chain(uplinks).map(conf))
             .collect();
+        let conflist = files::read_optional(&config.conflist_path())?;
         Ok(Self {
             v4,
             v6,
             set,
             sysctls: sysctl::read_all(keys.iter().map(String::as_str)),
             links,
-            conflist: files::read_optional(&config.conflist_path())?,
+            lost_isolation: host.lost_isolation(conflist.as_deref()),
+            conflist,
             retired_conflist: match earlier.map(NodeConfig::conflist_path) {
                 Some(path) if path != config.conflist_path() => files::read_optional(&path)?,
                 _ => None,
@@ -154,8 +159,8 @@ impl Observed {
     /// The isolation keys that the CNI configuration already has, be it where another one was.
     #[must_use]
     pub fn conflist_isolation(&self) -> Isolation {
-        let keys = |conflist: &Option<Vec<u8>>| conflist.as_deref().map(Isolation::of).unwrap_or_default();
-        keys(&self.conflist).or(keys(&self.retired_conflist))
+        let keys = |conflist: &Option<Vec<u8>>| conflist.as_deref().and_then(Isolation::of).unwrap_or_default();
+        keys(&self.conflist).or(keys(&self.retired_conflist)).or(self.lost_isolation)
     }
 
     /// Why sets cannot be had on this host, if they cannot.

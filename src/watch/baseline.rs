@@ -31,7 +31,7 @@ impl<T: Clone> Baseline<T> {
         match outcome {
             Outcome::Clean => self.good = fresh.or(self.good.take()),
             Outcome::Repaired => self.good = None,
-            Outcome::Failed => self.good = self.last.as_ref().map(|(_, seen)| seen.clone()),
+            Outcome::Failed | Outcome::Undone => self.good = self.last.as_ref().map(|(_, seen)| seen.clone()),
         }
     }
 }

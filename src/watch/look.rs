@@ -12,10 +12,13 @@ use crate::command::Command;
 use crate::host::ipset;
 
 /// The toggles that isolation and forwarding depend on.
-const TOGGLES: [&str; 3] = [
+const TOGGLES: [&str; 6] = [
     "/proc/sys/net/bridge/bridge-nf-call-iptables",
     "/proc/sys/net/bridge/bridge-nf-call-ip6tables",
     "/proc/sys/net/ipv4/ip_forward",
+    "/proc/sys/net/ipv4/conf/all/rp_filter",
+    "/proc/sys/net/ipv4/conf/default/rp_filter",
+    "/proc/sys/net/ipv4/conf/cni0/rp_filter",
 ];
 
 /// What a look that starts no process saw.

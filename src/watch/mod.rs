@@ -203,6 +203,17 @@ impl Watch {
         self.set = set.map(|name| WatchedSet { name: name.to_owned(), digest: None, read: None });
     }
 
+    /// Whether repairs are being undone again and again: [`Wake::besieged`], as of now.
+    #[must_use]
+    pub fn besieged(&self) -> bool {
+        self.pacer.besieged(Instant::now())
+    }
+
+    /// Says whether drop targets are out of reach between two passes: in a siege these may then be rare.
+    pub fn set_backstop(&mut self, stands: bool) {
+        self.pacer.backstop = stands;
+    }
+
     /// Watches these files from now on.
     pub fn watch_files(&mut self, files: Vec<PathBuf>) {
         self.options.files = files;

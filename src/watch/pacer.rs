@@ -47,7 +47,7 @@ const RETRIES: [Duration; 4] =
 /// Repairs, and tries at them, no further apart than this belong to one contest.
 const CONTEST_QUIET: Duration = Duration::from_millis(2500);
 
-/// From this many repairs on, a contest is a siege; a pass that could not win counts twice.
+/// From this many repairs on, a contest is a siege; a pass that failed counts twice.
 const SIEGE: u32 = 4;
 
 /// Interval of the looks in quiet times and in a siege.
@@ -63,6 +63,8 @@ pub enum Outcome {
     Repaired,
     /// Drift was found, or the host could not be read, and it is not repaired.
     Failed,
+    /// Drift was found, and what was repaired of it was undone again before the pass had ended.
+    Undone,
 }
 
 /// What is due at a moment.
@@ -102,6 +104,8 @@ pub(super) struct Pacer {
     look: Instant,
     /// Repairs of the contest, and when the last of them was.
     contest: Option<(u32, Instant)>,
+    /// Whether drop targets are out of reach between two passes, so that these may be rare.
+    pub(super) backstop: bool,
 }
 
 impl Pacer {
@@ -118,6 +122,7 @@ impl Pacer {
             pause: PAUSE.0,
             look: now + LOOK,
             contest: None,
+            backstop: false,
         }
     }
 
@@ -164,11 +169,12 @@ impl Pacer {
         self.ended = Some((now, cost));
         self.budget.spend(now, cost);
         self.follow_up = self.schedule(now, outcome);
-        // A pass that could not win has been undone more than once already.
+        // A pass that could not win against someone is a siege by itself.
         let undone = match outcome {
             Outcome::Clean => 0,
             Outcome::Repaired => 1,
             Outcome::Failed => 2,
+            Outcome::Undone => SIEGE,
         };
         if undone > 0 {
             self.contest = Some((self.contest(now) + undone, now));
@@ -222,7 +228,7 @@ impl Pacer {
     /// `at`, or when the budget allows another pass, if that is later; within bounds.
     fn afford(&self, at: Instant) -> Instant {
         let latest = self.ended.map_or(at, |(ended, cost)| {
-            let most = if self.besieged(ended) { apart_in_siege(cost) } else { cost };
+            let most = if self.backstop && self.besieged(ended) { apart_in_siege(cost) } else { cost };
             ended + LATEST.max(most)
         });
         at.max(self.budget.positive_again().min(latest))
@@ -233,7 +239,9 @@ impl Pacer {
         let done = self.follow_up.filter(|(at, _)| *at <= self.started);
         match outcome {
             Outcome::Repaired => after(&FOLLOW_UPS, 0),
-            Outcome::Failed => after(&RETRIES, done.map_or(0, |(_, step)| step.min(RETRIES.len() - 1))),
+            Outcome::Failed | Outcome::Undone => {
+                after(&RETRIES, done.map_or(0, |(_, step)| step.min(RETRIES.len() - 1)))
+            }
             Outcome::Clean => match done {
                 Some((_, step)) => after(&FOLLOW_UPS, step),
                 None => self.follow_up,

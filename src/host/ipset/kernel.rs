@@ -18,10 +18,14 @@ const IPSET_ATTR_SETNAME: u16 = 2;
 const IPSET_ATTR_TYPENAME: u16 = 3;
 const IPSET_ATTR_DATA: u16 = 7;
 const IPSET_ATTR_ADT: u16 = 8;
-const IPSET_ATTR_IP: u16 = 1;
-const IPSET_ATTR_CIDR: u16 = 3;
 
-/// A digest of a set's name, type and elements, whatever their counters say: it changes when the set is edited,
+/// Options of a set that change by themselves: the seed, the size of its table, how full it is, who uses it.
+const COMING_AND_GOING: [u16; 5] = [17, 18, 24, 25, 26];
+
+/// Attributes of an element that do: the time it has left, what it has counted.
+const COUNTING: [u16; 3] = [6, 24, 25];
+
+/// A digest of a set's type, options and elements, exceptions and timeouts included, whatever their counters say: it changes when the set is edited,
 /// flushed, destroyed or replaced by another. `None`: there is no such set.
 ///
 /// # Errors
@@ -43,12 +47,20 @@ pub fn digest(set: &str) -> io::Result<Option<u64>> {
 }
 
 fn elements(payload: &[u8]) -> u64 {
-    let name = attribute(payload, NFGENMSG, IPSET_ATTR_TYPENAME).map_or(0, |name| hash(&name));
-    let Some(list) = attribute(payload, NFGENMSG, IPSET_ATTR_ADT) else { return name };
+    let name = attribute(payload, NFGENMSG, IPSET_ATTR_TYPENAME);
+    let options =
+        attribute(payload, NFGENMSG, IPSET_ATTR_DATA).map(|options| but_values_of(&COMING_AND_GOING, options));
+    let set = hash(&(name, options));
+    let Some(list) = attribute(payload, NFGENMSG, IPSET_ATTR_ADT) else { return set };
     attributes(list)
         .filter(|(kind, _)| *kind == IPSET_ATTR_DATA)
-        .map(|(_, element)| hash(&(attribute(element, 0, IPSET_ATTR_IP), attribute(element, 0, IPSET_ATTR_CIDR))))
-        .fold(name, u64::wrapping_add)
+        .map(|(_, element)| hash(&but_values_of(&COUNTING, element)))
+        .fold(set, u64::wrapping_add)
+}
+
+/// The attributes, without the values of some of them: that these are there counts.
+fn but_values_of<'a>(changing: &[u16], data: &'a [u8]) -> Vec<(u16, &'a [u8])> {
+    attributes(data).map(|(kind, value)| (kind, if changing.contains(&kind) { &[][..] } else { value })).collect()
 }
 
 fn hash(value: &impl Hash) -> u64 {

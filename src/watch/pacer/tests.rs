@@ -14,6 +14,8 @@ struct Simulation {
     spent: Duration,
     passes: usize,
     worst: Duration,
+    /// Whether drop targets are led nowhere in a siege.
+    has_backstop: bool,
 }
 
 impl Simulation {
@@ -21,7 +23,17 @@ impl Simulation {
         let now = Instant::now();
         let pacer = Pacer::new(now, INTERVAL);
         let zero = Duration::ZERO;
-        Self { now, pacer, pass, broken_since: None, open: zero, spent: zero, passes: 0, worst: zero }
+        Self {
+            now,
+            pacer,
+            pass,
+            broken_since: None,
+            open: zero,
+            spent: zero,
+            passes: 0,
+            worst: zero,
+            has_backstop: true,
+        }
     }
 
     fn offend(&mut self) {
@@ -44,6 +56,7 @@ impl Simulation {
         }
         let outcome = if broken.is_some() { Outcome::Repaired } else { Outcome::Clean };
         self.pacer.passed(self.now, cost, outcome);
+        self.pacer.backstop = self.has_backstop && self.pacer.besieged(self.now);
         self.spent += cost;
         self.passes += 1;
         if broken.is_some() {
@@ -134,6 +147,22 @@ fn rare_passes_of_a_siege_do_not_look_like_peace() {
     assert!(host.worst <= rarest + PAUSE.1, "open for {:?}", host.worst);
     host.now += 3 * rarest;
     assert!(!host.pacer.besieged(host.now), "and peace does not look like a siege");
+}
+
+#[test]
+fn passes_are_not_rare_while_nothing_else_holds() {
+    let mut host = Simulation::new(millis(400));
+    host.has_backstop = false;
+    host.siege(millis(7));
+    assert!(host.worst <= LATEST + millis(400) + PAUSE.1, "open for {:?}", host.worst);
+}
+
+#[test]
+fn one_pass_that_is_undone_before_it_ends_is_a_siege() {
+    let now = Instant::now();
+    let mut pacer = Pacer::new(now, INTERVAL);
+    pacer.passed(now, millis(10), Outcome::Undone);
+    assert!(pacer.besieged(now));
 }
 
 #[test]
