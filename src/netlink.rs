@@ -14,6 +14,11 @@ pub(crate) const MESSAGE_HEADER: usize = 16;
 /// Bytes of `struct nfgenmsg` (linux/netfilter/nfnetlink.h), which begins every netfilter message.
 pub(crate) const NFGENMSG: usize = 4;
 
+/// The subsystem of nftables (linux/netfilter/nfnetlink.h), and the families of its tables (linux/netfilter.h).
+pub(crate) const NFNL_SUBSYS_NFTABLES: u16 = 10;
+pub(crate) const NFPROTO_IPV4: u8 = 2;
+pub(crate) const NFPROTO_IPV6: u8 = 10;
+
 /// Flags and types of linux/netlink.h.
 pub(crate) const NLM_F_ACK: u16 = 0x4;
 pub(crate) const NLM_F_DUMP: u16 = 0x300;

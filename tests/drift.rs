@@ -500,3 +500,19 @@ fn vms_that_are_started_are_no_drift() {
     assert!(!kept.node.ok("ip rule").contains("9092"), "{said}");
     assert!(vms[0].is_cut_off_from(vms[1].link_local()) && vms[0].reaches(INTERNET));
 }
+
+/// iptables shows such a rule as the one that it replaced.
+#[test]
+fn a_drop_that_was_narrowed_natively_is_put_back() {
+    let mut kept = Kept::new(Backend::Nft);
+    for condition in ["ip saddr { 1.2.3.4, 1.2.3.5 }", "meta mark { 7, 8 }", "ip protocol { tcp, sctp }"] {
+        let narrow = format!(
+            "h=$(nft -a list chain ip filter FORWARD | sed -n 's/.*10.0.0.0.*handle //p')
+             nft replace rule ip filter FORWARD handle $h iifname cni0 ip daddr 10.0.0.0/8 {condition} counter drop \
+             comment '\"cocoon-net-drop\"'"
+        );
+        kept.survives(condition, &narrow);
+        let listed = kept.node.ok("nft list chain ip filter FORWARD");
+        assert!(listed.lines().all(|rule| !rule.contains("drop") || !rule.contains('{')), "{condition}: {listed}");
+    }
+}

@@ -118,8 +118,14 @@ fn rows_of_host(rows: &mut Rows, config: &NodeConfig, plan: &Plan, observed: &Ob
     let toggles =
         if targets.is_empty() { "not needed: nothing forwarded is dropped" } else { "bridged frames pass iptables" };
     rows.of_kinds(plan, "bridge toggle", &[Drift::BridgeToggle], toggles);
-    let rules =
-        [Drift::RulesMissing, Drift::RulesShadowed, Drift::RulesStale, Drift::RulesDuplicated, Drift::RulesDormant];
+    let rules = [
+        Drift::RulesMissing,
+        Drift::RulesShadowed,
+        Drift::RulesMasked,
+        Drift::RulesStale,
+        Drift::RulesDuplicated,
+        Drift::RulesDormant,
+    ];
     let right = match config.isolation_summary() {
         summary if targets.is_empty() => format!("{summary}; ACCEPT and MASQUERADE rules are in place"),
         summary => format!("{summary}; at the head of FORWARD: {}", list(&targets)),

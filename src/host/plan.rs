@@ -26,6 +26,8 @@ pub enum Drift {
     RulesMissing,
     /// A rule of someone else's comes before our drops.
     RulesShadowed,
+    /// Rules of ours that hold more than iptables shows of them.
+    RulesMasked,
     /// Rules of ours that nobody asked for any more.
     RulesStale,
     /// Rules of ours more than once.
@@ -63,6 +65,7 @@ impl Drift {
         match self {
             Self::RulesMissing => "rules_missing",
             Self::RulesShadowed => "rules_shadowed",
+            Self::RulesMasked => "rules_masked",
             Self::RulesStale => "rules_stale",
             Self::RulesDuplicated => "rules_duplicated",
             Self::RulesDormant => "rules_dormant",
@@ -87,6 +90,7 @@ impl Drift {
             self,
             Self::RulesMissing
                 | Self::RulesShadowed
+                | Self::RulesMasked
                 | Self::RulesStale
                 | Self::RulesDuplicated
                 | Self::RulesDormant

@@ -9,7 +9,7 @@ use netlink_sys::{AsyncSocket, TokioSocket};
 use nix::errno::Errno;
 
 use super::{Reason, WatchError};
-use crate::netlink::{NFGENMSG, attribute, messages, text, u32_at};
+use crate::netlink::{NFGENMSG, NFNL_SUBSYS_NFTABLES, NFPROTO_IPV4, NFPROTO_IPV6, attribute, messages, text, u32_at};
 
 /// `RTNLGRP_LINK`, `RTNLGRP_IPV4_IFADDR` and `RTNLGRP_IPV4_ROUTE` of linux/rtnetlink.h.
 const ROUTE_GROUPS: [u32; 3] = [1, 5, 7];
@@ -30,17 +30,24 @@ const IFLA_MASTER: u16 = 10;
 const IFINFOMSG: usize = 16;
 const RT_TABLE_LOCAL: u8 = 255;
 
-/// The nftables subsystem, and messages of linux/netfilter/nf_tables.h.
-const NFNL_SUBSYS_NFTABLES: u16 = 10;
+/// Messages of linux/netfilter/nf_tables.h.
+const NFT_MSG_NEWCHAIN: u16 = 3;
+const NFT_MSG_DELCHAIN: u16 = 5;
+const NFT_MSG_NEWRULE: u16 = 6;
+const NFT_MSG_DELRULE: u16 = 8;
 const NFT_MSG_NEWGEN: u16 = 15;
 const NFTA_TABLE: u16 = 1;
+const NFTA_CHAIN_NAME: u16 = 3;
+const NFTA_RULE_CHAIN: u16 = 2;
 const NFTA_GEN_PROC_PID: u16 = 2;
 const NFTA_GEN_PROC_NAME: u16 = 3;
 
 /// The tables that iptables-nft keeps our rules in.
 const OUR_TABLES: [&[u8]; 2] = [b"filter", b"nat"];
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
+
+/// The chains that they stand in. What others do in chains of their own is none of our business: no packet gets there
+/// before our drops.
+const OUR_CHAINS: [&[u8]; 3] = [b"FORWARD", b"INPUT", b"POSTROUTING"];
 
 /// Room for one datagram: the kernel sends multicasts of at most `NLMSG_GOODSIZE` plus one message.
 const DATAGRAM: usize = 64 << 10;
@@ -182,15 +189,23 @@ fn read_nftables(datagram: &[u8], _bridge: Option<u32>, news: &mut News) {
         }
         if kind & 0xff == NFT_MSG_NEWGEN {
             news.by = transaction_owner(payload).or(news.by.take());
-        } else if concerns_our_tables(payload) {
+        } else if concerns_our_rules(kind & 0xff, payload) {
             news.add(Reason::Rules);
         }
     }
 }
 
-fn concerns_our_tables(payload: &[u8]) -> bool {
+fn concerns_our_rules(kind: u16, payload: &[u8]) -> bool {
     let ip = matches!(payload.first(), Some(&(NFPROTO_IPV4 | NFPROTO_IPV6)));
-    ip && attribute(payload, NFGENMSG, NFTA_TABLE).is_none_or(|table| OUR_TABLES.contains(&text(table)))
+    let named = |attribute_type, names: &[&[u8]]| {
+        attribute(payload, NFGENMSG, attribute_type).is_none_or(|name| names.contains(&text(name)))
+    };
+    let chain = match kind {
+        NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN => named(NFTA_CHAIN_NAME, &OUR_CHAINS),
+        NFT_MSG_NEWRULE | NFT_MSG_DELRULE => named(NFTA_RULE_CHAIN, &OUR_CHAINS),
+        _ => true,
+    };
+    ip && chain && named(NFTA_TABLE, &OUR_TABLES)
 }
 
 fn transaction_owner(payload: &[u8]) -> Option<(String, u32)> {
@@ -263,6 +278,18 @@ mod tests {
         assert_eq!(change(2, b"nat\0"), [Reason::Rules]);
         assert_eq!(change(2, b"kube-proxy\0"), []);
         assert_eq!(change(1, b"filter\0"), []);
+    }
+
+    #[test]
+    fn what_others_do_in_their_own_chains_does_not_count() {
+        let change = |kind, attribute, chain: &[u8]| {
+            let bytes = datagram(10 << 8 | kind, &[2, 0, 0, 0], &[(NFTA_TABLE, b"nat\0"), (attribute, chain)]);
+            reasons(read_nftables, &bytes, None)
+        };
+        for (kind, attribute) in [(NFT_MSG_NEWRULE, NFTA_RULE_CHAIN), (NFT_MSG_DELCHAIN, NFTA_CHAIN_NAME)] {
+            assert_eq!(change(kind, attribute, b"KUBE-SERVICES\0"), []);
+            assert_eq!(change(kind, attribute, b"POSTROUTING\0"), [Reason::Rules]);
+        }
     }
 
     #[test]

@@ -136,6 +136,7 @@ struct ChainDiff<'a> {
     stale: Vec<&'a SavedRule>,
     duplicates: Vec<&'a SavedRule>,
     misplaced: Vec<&'a SavedRule>,
+    masked: Vec<&'a SavedRule>,
     above: Option<&'a SavedRule>,
     insert: Vec<(&'a Rule, Counters)>,
     missing_head: usize,
@@ -147,7 +148,7 @@ impl<'a> ChainDiff<'a> {
         let head: HashSet<&Rule> = wanted.head.iter().collect();
         let tail: HashSet<&Rule> = wanted.tail.iter().collect();
         let mut copies: HashMap<&Rule, (usize, Counters)> = HashMap::new();
-        for saved in standing.iter().filter(|saved| saved.rule.is_ours()) {
+        for saved in standing.iter().filter(|saved| saved.rule.is_ours() && !saved.masked) {
             let copy = copies.entry(&saved.rule).or_default();
             copy.0 += 1;
             copy.1 += saved.counters;
@@ -159,6 +160,7 @@ impl<'a> ChainDiff<'a> {
             stale: Vec::new(),
             duplicates: Vec::new(),
             misplaced: Vec::new(),
+            masked: Vec::new(),
             above: None,
             insert: Vec::new(),
             missing_head: 0,
@@ -168,7 +170,9 @@ impl<'a> ChainDiff<'a> {
         let mut spare: HashMap<&Rule, usize> = HashMap::new();
         for &saved in standing {
             let rule = &saved.rule;
-            if head.contains(rule) {
+            if saved.masked && rule.is_ours() {
+                this.masked.push(saved);
+            } else if head.contains(rule) {
                 if count(rule) > 1 {
                     // -D takes the first copy, which may be the one in place: all go and one comes back.
                     this.duplicates.push(saved);
@@ -193,10 +197,15 @@ impl<'a> ChainDiff<'a> {
         }
         for rule in wanted.head.iter().filter(|rule| !in_place.contains(rule)) {
             let (copies, counters) = copies.get(rule).copied().unwrap_or_default();
-            this.missing_head += usize::from(copies == 0);
+            this.missing_head += usize::from(copies == 0 && !this.masked.iter().any(|saved| saved.rule == *rule));
             this.insert.push((rule, counters));
         }
         this
+    }
+
+    /// Rules that are there and go, for others like them to be put in their place.
+    fn moved(&self) -> impl Iterator<Item = &&'a SavedRule> {
+        self.masked.iter().chain(&self.misplaced).chain(&self.duplicates)
     }
 
     fn report(self, transaction: &mut Transaction) {
@@ -209,7 +218,7 @@ impl<'a> ChainDiff<'a> {
         let missing: Vec<&Rule> = self
             .insert
             .iter()
-            .filter(|(rule, _)| !self.misplaced.iter().chain(&self.duplicates).any(|saved| saved.rule == **rule))
+            .filter(|(rule, _)| !self.moved().any(|saved| saved.rule == **rule))
             .map(|(rule, _)| *rule)
             .take(1)
             .chain(self.append.iter().copied())
@@ -225,6 +234,7 @@ impl<'a> ChainDiff<'a> {
             format!("{} of {place} below a rule of someone else's that is looked at first: {above}", rules(count))
         });
         for (kind, word, found) in [
+            (Drift::RulesMasked, "with conditions that iptables does not show in", &self.masked),
             (Drift::RulesStale, "not wanted in", &self.stale),
             (Drift::RulesDuplicated, "more than once in", &self.duplicates),
         ] {
@@ -241,7 +251,7 @@ impl<'a> ChainDiff<'a> {
                 counters,
             });
         };
-        for saved in self.stale.iter().chain(&self.duplicates).chain(&self.misplaced) {
+        for saved in self.masked.iter().chain(&self.stale).chain(&self.duplicates).chain(&self.misplaced) {
             change(Action::Delete, &saved.rule, Counters::default());
         }
         // Each -I becomes the first, so the last wanted one goes in first.
@@ -287,7 +297,7 @@ mod tests {
     fn apply(standing: &Ruleset, transaction: &Transaction) -> Vec<SavedRule> {
         let mut chain: Vec<SavedRule> = standing.chain("filter", "FORWARD").into_iter().cloned().collect();
         for change in &transaction.changes {
-            let saved = SavedRule { rule: change.rule.clone(), counters: change.counters };
+            let saved = SavedRule { rule: change.rule.clone(), counters: change.counters, masked: false };
             match change.action {
                 Action::Delete => {
                     let at = chain.iter().position(|other| other.rule == change.rule).expect("-D of a missing rule");

@@ -4,6 +4,7 @@
 //! that every table changes as a whole or not at all.
 
 mod diff;
+mod masked;
 mod rule;
 mod save;
 mod tables;
@@ -15,6 +16,7 @@ pub use rule::{DROP_TAG, Rule, RuleError, TAG};
 pub use save::{Counters, Ruleset, SaveError, SavedRule, Table};
 
 use crate::command::{self, Command, CommandError};
+use crate::netlink::{NFPROTO_IPV4, NFPROTO_IPV6};
 
 /// The built-in chains that there are in the tables we use.
 const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
@@ -64,8 +66,8 @@ pub enum FirewallError {
         /// What is wrong with it.
         source: SaveError,
     },
-    /// Whether the tables of nftables are on their hooks cannot be told.
-    #[error("cannot list the tables of nftables")]
+    /// What iptables does not show of its tables in nftables cannot be told.
+    #[error("cannot list the tables and rules of nftables")]
     Tables(#[source] std::io::Error),
     /// A table would not be put on its hooks, or taken off.
     #[error(
@@ -95,6 +97,14 @@ impl FirewallError {
 }
 
 impl Family {
+    /// The number that netlink knows it by (linux/netfilter.h).
+    fn protocol(self) -> u8 {
+        match self {
+            Self::V4 => NFPROTO_IPV4,
+            Self::V6 => NFPROTO_IPV6,
+        }
+    }
+
     /// The name of the family in nft(8).
     #[must_use]
     pub fn nft(self) -> &'static str {
@@ -146,6 +156,7 @@ async fn read_within(timeout: Duration, family: Family, backend: Backend) -> Res
     }
     if ruleset.is_nft() {
         ruleset.dormant = tables::dormant(family).map_err(FirewallError::Tables)?;
+        masked::mark(family, &mut ruleset).map_err(FirewallError::Tables)?;
     }
     Ok(ruleset)
 }

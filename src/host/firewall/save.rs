@@ -32,6 +32,8 @@ pub struct SavedRule {
     pub rule: Rule,
     /// How much traffic it has matched.
     pub counters: Counters,
+    /// Whether it holds more than its text says.
+    pub masked: bool,
 }
 
 /// How much traffic a rule or a set entry has matched.
@@ -125,6 +127,12 @@ impl Ruleset {
         rules.iter().filter(|(name, _)| name == chain).map(|(_, rule)| rule).collect()
     }
 
+    /// The same, for writing.
+    pub(super) fn chain_mut(&mut self, table: &str, chain: &str) -> impl Iterator<Item = &mut SavedRule> {
+        let rules = self.tables.get_mut(table).map_or(&mut [][..], |table| &mut table.rules);
+        rules.iter_mut().filter(move |(name, _)| name == chain).map(|(_, rule)| rule)
+    }
+
     /// The rules of a table as `(chain, rule)`.
     pub fn rules(&self, table: &str) -> impl Iterator<Item = (&str, &Rule)> {
         let rules = self.tables.get(table).map_or(&[][..], |table| &table.rules);
@@ -162,7 +170,7 @@ impl Table {
             None => (Counters::default(), line),
         };
         let (chain, text) = rest.strip_prefix("-A ")?.split_once(' ').unwrap_or((rest.strip_prefix("-A ")?, ""));
-        self.rules.push((chain.to_owned(), SavedRule { rule: Rule::parse(text).ok()?, counters }));
+        self.rules.push((chain.to_owned(), SavedRule { rule: Rule::parse(text).ok()?, counters, masked: false }));
         Some(())
     }
 }

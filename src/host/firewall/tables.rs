@@ -7,10 +7,11 @@ use std::io;
 use nix::errno::Errno;
 
 use super::Family;
-use crate::netlink::{NFGENMSG, NLM_F_ACK, NLM_F_DUMP, ask_netfilter, attribute, netfilter_message, text, u32_at};
+use crate::netlink::{
+    NFGENMSG, NFNL_SUBSYS_NFTABLES, NLM_F_ACK, NLM_F_DUMP, ask_netfilter, attribute, netfilter_message, text, u32_at,
+};
 
-/// linux/netfilter/nfnetlink.h: the subsystem, and the messages around a transaction.
-const NFNL_SUBSYS_NFTABLES: u16 = 10;
+/// linux/netfilter/nfnetlink.h: the messages around a transaction.
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
 
@@ -20,9 +21,6 @@ const NFT_MSG_GETTABLE: u16 = 1;
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_TABLE_FLAGS: u16 = 2;
 const NFT_TABLE_F_DORMANT: u32 = 1;
-
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
 
 /// A table as the kernel lists it.
 struct Listed {
@@ -51,7 +49,7 @@ pub(super) fn set_dormant(family: Family, name: &str, dormant: bool) -> io::Resu
     let change = netfilter_message(
         NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE,
         NLM_F_ACK,
-        protocol(family),
+        family.protocol(),
         0,
         &[(NFTA_TABLE_NAME, &name), (NFTA_TABLE_FLAGS, &flags.to_be_bytes())],
     );
@@ -62,7 +60,7 @@ pub(super) fn set_dormant(family: Family, name: &str, dormant: bool) -> io::Resu
 
 fn list(family: Family) -> io::Result<Vec<Listed>> {
     let kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE;
-    let request = netfilter_message(kind, NLM_F_DUMP, protocol(family), 0, &[]);
+    let request = netfilter_message(kind, NLM_F_DUMP, family.protocol(), 0, &[]);
     let mut tables = Vec::new();
     match ask_netfilter(&request, |_, payload| tables.extend(read(payload))) {
         Err(error) if lacks_nftables(&error) => Ok(Vec::new()),
@@ -81,16 +79,10 @@ fn lacks_nftables(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| lacking.contains(&Errno::from_raw(code)))
 }
 
-fn protocol(family: Family) -> u8 {
-    match family {
-        Family::V4 => NFPROTO_IPV4,
-        Family::V6 => NFPROTO_IPV6,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::NFPROTO_IPV4;
 
     #[test]
     fn name_and_flags_are_read() {
