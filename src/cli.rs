@@ -160,7 +160,7 @@ pub struct DaemonArgs {
     #[expect(missing_docs, reason = "a doc comment would become the help of the command")]
     pub state: StateArgs,
     /// Where leases are kept [default: leases.json in the state directory]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = lease_file)]
     pub lease_file: Option<PathBuf>,
     /// How long a lease lasts, such as 24h or 1h30m
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lease_time)]
@@ -242,6 +242,18 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// Seconds are what DHCP counts in, and half of the lease must be some.
+/// The journal takes the same name with another extension.
+fn lease_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match path.extension() {
+        _ if path.file_name().is_none() => Err("name a file".to_owned()),
+        Some(extension) if extension == "journal" => {
+            Err("the journal of the leases gets this name; take another".to_owned())
+        }
+        _ => Ok(path),
+    }
+}
+
 fn lease_time(text: &str) -> Result<Duration, String> {
     let parsed = duration(text)?;
     if parsed < Duration::from_secs(2) { Err("a lease lasts at least 2s".to_owned()) } else { Ok(parsed) }

@@ -132,6 +132,8 @@ pub struct Reconciler {
     changed: bool,
     repairs: LogLimit,
     troubles: LogLimit,
+    /// Whether the bridge had to be mended in the last pass.
+    bridge_mended: bool,
     /// Indices of the interfaces that were isolated ports once.
     isolated_ports: HashSet<u32>,
 }
@@ -156,6 +158,7 @@ impl Reconciler {
             changed: false,
             repairs: LogLimit::default(),
             troubles: LogLimit::default(),
+            bridge_mended: false,
             isolated_ports: HashSet::new(),
         }
     }
@@ -170,6 +173,12 @@ impl Reconciler {
     #[must_use]
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
+    }
+
+    /// Whether the last pass had to mend the bridge: routes through it may have gone with its address.
+    #[must_use]
+    pub fn bridge_mended(&self) -> bool {
+        self.bridge_mended
     }
 
     /// Which backend holds the rules; known once a pass has succeeded.
@@ -203,6 +212,7 @@ impl Reconciler {
         self.listeners.metrics.reconcile_took(begin.elapsed());
         match result {
             Ok(outcome) => {
+                self.bridge_mended = outcome.found.kinds().contains(&Drift::Bridge);
                 let joined = self.ports_that_joined(&outcome);
                 let repaired = !outcome.found.is_empty() && joined.is_empty();
                 if repaired {

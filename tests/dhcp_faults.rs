@@ -6,6 +6,7 @@ mod dhcp_raw;
 mod support;
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use dhcp_raw::*;
@@ -201,4 +202,91 @@ fn a_lease_that_runs_out_takes_its_route_along() {
     assert_eq!(metric(&node, "cocoon_net_dhcp_lease_active"), 0);
     assert_ne!(b.lease_for(b.mac).unwrap(), leased, "the other one has rested longer");
     assert_eq!(a.lease_for(a.mac), Some(leased), "a known client gets its address back");
+}
+
+#[test]
+fn what_happened_on_a_full_disk_is_written_down_once_there_is_room() {
+    let node = Node::new();
+    node.mkdir("/var/lib/cocoon/net");
+    node.ok("mount -t tmpfs -o size=256k,mode=750 tmpfs /var/lib/cocoon/net");
+    node.adopt("--pool-size 200").succeeded();
+    let daemon = node.daemon("--port-lease-limit 0 --lease-time 60s");
+    let vm = node.vm_builder("a").unconfigured().build();
+    let raw = Raw::on(&vm);
+    let (kept, given_back) = (raw.lease_for(raw.mac).unwrap(), raw.lease_for(station(1)).unwrap());
+    std::thread::sleep(Duration::from_secs(2));
+    let expiry = |ip: Ipv4Addr| {
+        let leases = node.read_json(LEASES);
+        let lease = leases.as_array().unwrap().iter().find(|lease| lease["ip"] == ip.to_string()).cloned();
+        lease.map(|lease| lease["expiry"].as_str().unwrap().to_owned())
+    };
+    let before = expiry(kept);
+    assert!(before.is_some() && expiry(given_back).is_some());
+    node.run("dd if=/dev/zero of=/var/lib/cocoon/net/filler bs=1k");
+    for n in 2..=100 {
+        // Until the journal's last page is full, too.
+        let offered = raw.offer_for(station(n), PATIENCE).unwrap();
+        if raw.ask(&select(station(n), offered), SILENCE).is_none() {
+            break;
+        }
+    }
+    assert_eq!(raw.ask(&renew(raw.mac, kept), PATIENCE).unwrap().kind(), MessageType::Ack);
+    raw.send_as(station(1), given_back, &bytes(&release(station(1), given_back)));
+    eventually("the route of the lease that was given back goes", || !routes(&node).contains(&given_back));
+    node.remove("/var/lib/cocoon/net/filler");
+    daemon.stop();
+    assert!(expiry(kept) > before, "the renewal");
+    assert_eq!(expiry(given_back), None, "the release");
+}
+
+#[test]
+fn an_address_whose_lease_was_lost_is_kept_over_several_restarts() {
+    let (node, daemon) = node(2, "");
+    let (a, b) = (node.vm_builder("a").unconfigured().build(), node.vm_builder("b").unconfigured().build());
+    let (a, b) = (Raw::on(&a), Raw::on(&b));
+    let leased = a.lease_for(a.mac).unwrap();
+    daemon.stop();
+    node.write(LEASES, "[{");
+    node.daemon("").stop();
+    node.daemon("").stop();
+    let _daemon = node.daemon("");
+    assert_eq!(routes(&node), [leased], "the live VM keeps its route");
+    assert_ne!(b.lease_for(b.mac), Some(leased));
+    assert_eq!(a.ask(&renew(a.mac, leased), PATIENCE).unwrap().kind(), MessageType::Ack);
+}
+
+#[test]
+fn routes_without_any_lease_file_are_somebodys() {
+    let (node, daemon) = node(4, "");
+    let a = node.vm_builder("a").unconfigured().build();
+    let a = Raw::on(&a);
+    let leased = a.lease_for(a.mac).unwrap();
+    daemon.stop();
+    node.remove(LEASES);
+    let _daemon = node.daemon("");
+    assert_eq!(routes(&node), [leased]);
+    assert_eq!(a.ask(&renew(a.mac, leased), PATIENCE).unwrap().kind(), MessageType::Ack);
+}
+
+#[test]
+fn routes_come_back_at_once_after_the_bridge_was_down_or_lost_its_address() {
+    let (node, _daemon) = node(4, "");
+    let vm = node.vm_builder("a").unconfigured().build();
+    let raw = Raw::on(&vm);
+    let leased = raw.lease_for(raw.mac).unwrap();
+    for offence in ["printf 'link set cni0 down\nlink set cni0 up\n' | ip -batch -", "ip addr flush dev cni0"] {
+        for _ in 0..3 {
+            node.ok(["sh", "-c", offence]);
+            let back = support::eventually(Duration::from_secs(2), || routes(&node) == [leased]);
+            assert!(back, "{offence}");
+        }
+    }
+}
+
+#[test]
+fn a_lease_file_may_not_have_the_journals_name() {
+    let node = Node::new();
+    node.adopt("").succeeded();
+    let output = node.cocoon("daemon --lease-file /run/leases.journal").exited(2);
+    assert!(output.stderr.contains("--lease-file"), "{output}");
 }

@@ -161,3 +161,54 @@ fn replies_reach_a_client_in_the_way_it_asks_for() {
     let answer = raw.ask(&reboot(raw.mac, Ipv4Addr::new(10, 0, 0, 7)), PATIENCE).unwrap();
     assert_eq!((answer.kind(), answer.to), (MessageType::Nak, Ipv4Addr::BROADCAST));
 }
+
+#[test]
+fn what_is_meant_for_another_server_is_not_answered() {
+    let (node, _daemon) = node(4, "");
+    let vm = node.vm_builder("a").unconfigured().build();
+    let raw = Raw::on(&vm);
+    let leased = raw.lease_for(raw.mac).unwrap();
+    let elsewhere = Ipv4Addr::new(203, 0, 113, 9);
+    let asked = renew(raw.mac, leased);
+    raw.send_to(raw.mac, leased, elsewhere, &bytes(&asked));
+    assert!(raw.receive_any(SILENCE, |answer| answer.xid() == asked.xid()).is_none());
+    raw.send_to(raw.mac, leased, elsewhere, &bytes(&release(raw.mac, leased)));
+    assert_eq!(metric(&node, "cocoon_net_dhcp_dropped_total{reason=\"not_for_us\"}"), 2);
+    assert_eq!(routes(&node), [leased]);
+    // The positive control: to the server's own address.
+    let asked = renew(raw.mac, leased);
+    raw.send_to(raw.mac, leased, SERVER, &bytes(&asked));
+    assert!(raw.receive_any(PATIENCE, |answer| answer.xid() == asked.xid()).is_some());
+}
+
+#[test]
+fn the_port_limit_is_not_got_round_in_the_name_of_the_bridge_or_another_port() {
+    let (node, _daemon) = node(30, "--port-lease-limit 2");
+    let (bad, good) = (node.vm_builder("a").unconfigured().build(), node.vm_builder("b").unconfigured().build());
+    let (bad, good) = (Raw::on(&bad), Raw::on(&good));
+    for interface in ["cni0", "veth-b"] {
+        let text = node.read(format!("/sys/class/net/{interface}/address"));
+        let octets: Vec<u8> = text.trim().split(':').map(|octet| u8::from_str_radix(octet, 16).unwrap()).collect();
+        let spoofed: [u8; 6] = octets.try_into().unwrap();
+        for n in 1..=4 {
+            let asked = discover(station(n));
+            bad.send_as(spoofed, NONE, &bytes(&asked));
+        }
+        assert!(bad.receive_any(SILENCE, |_| true).is_none(), "answered in the name of {interface}");
+    }
+    assert_eq!(metric(&node, "cocoon_net_dhcp_dropped_total{reason=\"spoofed_sender\"}"), 8);
+    assert!(bad.lease_for(bad.mac).is_some() && good.lease_for(good.mac).is_some());
+}
+
+#[test]
+fn a_release_in_a_neighbours_name_and_address_comes_from_the_wrong_port() {
+    let (node, _daemon) = node(4, "");
+    let (victim, other) = (node.vm_builder("a").unconfigured().build(), node.vm_builder("b").unconfigured().build());
+    let (victim, other) = (Raw::on(&victim), Raw::on(&other));
+    let leased = victim.lease_for(victim.mac).unwrap();
+    other.send_as(victim.mac, leased, &bytes(&release(victim.mac, leased)));
+    eventually("it is counted", || metric(&node, "cocoon_net_dhcp_dropped_total{reason=\"not_holder\"}") == 1);
+    assert_eq!(routes(&node), [leased]);
+    victim.send(&release(victim.mac, leased));
+    eventually("the route is gone", || routes(&node).is_empty());
+}

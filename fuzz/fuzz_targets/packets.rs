@@ -71,7 +71,7 @@ fn read(payload: &[u8]) -> Option<Request> {
     };
     let frame = frame::seal(&carrier, sender, source);
     let opened = frame::open(&frame).expect("a sealed frame opens");
-    Request::try_from(Datagram { sender, source, payload: opened.payload }).ok()
+    Request::try_from(Datagram { sender, source, ..opened }).ok()
 }
 
 fn carry_out(engine: &mut Engine, step: &Step) {

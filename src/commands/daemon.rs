@@ -95,6 +95,9 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
                 watch.set_backstop(node.backstop_stands());
                 watch.watch_files(watched_files(node.pool(), &args.state.state_dir));
                 watch.watch_set(set_to_watch(&node));
+                if node.bridge_mended() {
+                    server.check_routes()?;
+                }
                 let wanted = dhcp_config(&node, &args);
                 if wanted != served && !wanted.addresses.is_empty() {
                     server.reload(wanted.clone())?;

@@ -45,13 +45,14 @@ pub fn open(frame: &[u8]) -> Option<Datagram<'_>> {
         return None;
     }
     let source = Ipv4Addr::new(ip[12], ip[13], ip[14], ip[15]);
+    let destination = Ipv4Addr::new(ip[16], ip[17], ip[18], ip[19]);
     let (udp, _) = rest.get(header_len..total_len)?.split_first_chunk::<UDP_LEN>()?;
     let udp_len = usize::from(u16::from_be_bytes([udp[4], udp[5]]));
     if u16::from_be_bytes([udp[2], udp[3]]) != SERVER_PORT {
         return None;
     }
     let payload = rest.get(header_len..total_len)?.get(UDP_LEN..udp_len)?;
-    Some(Datagram { sender, source, payload })
+    Some(Datagram { sender, source, destination, payload })
 }
 
 /// The frame that carries a reply from the server's addresses to where it goes.

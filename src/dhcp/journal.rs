@@ -58,6 +58,9 @@ impl Line {
     }
 }
 
+/// More bytes than the first line has.
+const FIRST_LINE: usize = 128;
+
 /// What a journal that was left behind says.
 #[derive(Debug, Default)]
 pub(super) struct Replay {
@@ -65,7 +68,8 @@ pub(super) struct Replay {
     pub changes: Vec<Record>,
     /// Digests of the lease files that it goes with.
     pub bases: Vec<u64>,
-    /// Whether a line in its midst is not whole. A last line that is not whole was never acknowledged.
+    /// Whether a line is not whole that ends, or is followed by one that is. A last line that is cut short was never
+    /// acknowledged.
     pub damaged: bool,
     /// How many bytes there are up to the end of the last whole line.
     pub len: u64,
@@ -78,8 +82,11 @@ impl Replay {
         let (mut torn, mut read) = (false, 0);
         for line in bytes.split_inclusive(|byte| *byte == b'\n') {
             read += line.len() as u64;
-            let whole = line.strip_suffix(b"\n").and_then(|line| std::str::from_utf8(line).ok()).and_then(Line::read);
+            let ended = line.strip_suffix(b"\n");
+            let whole = ended.and_then(|line| std::str::from_utf8(line).ok()).and_then(Line::read);
             let Some(line) = whole else {
+                // A write that is cut short ends before its last newline.
+                replay.damaged |= ended.is_some();
                 torn = true;
                 continue;
             };
@@ -90,6 +97,8 @@ impl Replay {
                 Line::Base(digest) => replay.bases.push(digest),
             }
         }
+        // Of the first line there may be less than all; of more, nothing that makes sense is no journal.
+        replay.damaged |= replay.len == 0 && bytes.len() > FIRST_LINE;
         replay
     }
 }

@@ -159,6 +159,12 @@ impl Table {
         }
     }
 
+    /// Whether a change renews or ends a lease that is here.
+    pub fn continues(&self, record: &Record) -> bool {
+        let (Record::Grant(Lease { mac, ip, .. }) | Record::Release { mac, ip }) = record;
+        self.by_ip.get(ip).is_some_and(|(owner, _)| owner == mac)
+    }
+
     /// Makes a change only if it contradicts nothing that is here.
     pub fn add(&mut self, record: Record) {
         if let Record::Grant(lease) = record

@@ -145,17 +145,29 @@ fn live_neighbour(entry: &NeighbourMessage) -> Option<(Ipv4Addr, Mac)> {
     Some((ip, hardware_address(entry)?)).filter(|_| !silent)
 }
 
-/// The port of a bridge behind which a station is, as the bridge last saw it; `None` when it never did.
-pub(super) fn port_of(netlink: &mut Netlink, bridge: u32, mac: Mac) -> io::Result<Option<Port>> {
+/// Where a bridge has a station.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Station {
+    /// Behind this port, where it last saw it.
+    Behind(Port),
+    /// Nowhere: it never saw it.
+    Unknown,
+    /// It is the bridge itself, or one of its ports.
+    Ourselves,
+}
+
+/// Looks a station up in the forwarding table of a bridge.
+pub(super) fn station(netlink: &mut Netlink, bridge: u32, mac: Mac) -> io::Result<Station> {
     let mut request = NeighbourMessage::default();
     request.header.family = AddressFamily::Bridge;
     request.header.flags = NeighbourFlags::Controller;
     request.attributes =
         vec![NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()), NeighbourAttribute::Controller(bridge)];
     match netlink.get(RouteNetlinkMessage::GetNeighbour(request)) {
-        Ok(RouteNetlinkMessage::NewNeighbour(entry)) => Ok(Some(Port(entry.header.ifindex))),
-        Ok(_) => Ok(None),
-        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(None),
+        Ok(RouteNetlinkMessage::NewNeighbour(entry)) if is_local(&entry) => Ok(Station::Ourselves),
+        Ok(RouteNetlinkMessage::NewNeighbour(entry)) => Ok(Station::Behind(Port(entry.header.ifindex))),
+        Ok(_) => Ok(Station::Unknown),
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(Station::Unknown),
         Err(error) => Err(error),
     }
 }
@@ -168,11 +180,18 @@ pub(super) fn ports(netlink: &mut Netlink, bridge: u32) -> io::Result<Vec<(Mac, 
     let station = |message: RouteNetlinkMessage| match message {
         RouteNetlinkMessage::NewNeighbour(entry) => {
             let of_bridge = entry.attributes.contains(&NeighbourAttribute::Controller(bridge));
-            hardware_address(&entry).filter(|_| of_bridge).map(|mac| (mac, Port(entry.header.ifindex)))
+            hardware_address(&entry)
+                .filter(|_| of_bridge && !is_local(&entry))
+                .map(|mac| (mac, Port(entry.header.ifindex)))
         }
         _ => None,
     };
     Ok(netlink.dump(&RouteNetlinkMessage::GetNeighbour(filter))?.into_iter().filter_map(station).collect())
+}
+
+/// The addresses of the bridge and of its ports are never learnt.
+fn is_local(entry: &NeighbourMessage) -> bool {
+    entry.header.state == NeighbourState::Permanent
 }
 
 fn hardware_address(entry: &NeighbourMessage) -> Option<Mac> {

@@ -62,6 +62,7 @@ pub enum Error {
 /// What the server is told to do.
 enum Control {
     Reload(Config),
+    CheckRoutes,
     Stop,
 }
 
@@ -162,6 +163,14 @@ impl Server {
     /// [`Error::Died`] when there is no server any more.
     pub fn reload(&self, config: Config) -> Result<(), Error> {
         self.order(Control::Reload(config))
+    }
+
+    /// Makes the routes match the leases now, after something that may have cost some.
+    ///
+    /// # Errors
+    /// [`Error::Died`] when there is no server any more.
+    pub fn check_routes(&self) -> Result<(), Error> {
+        self.order(Control::CheckRoutes)
     }
 
     /// Resolves when the server has ended without being told to. Must not be called again after that.

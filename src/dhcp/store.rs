@@ -8,11 +8,12 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 use super::journal::{Journal, Line, Replay};
 use super::leases::{self, Lease, LeaseError, Record, Table};
 use crate::files;
+use crate::log::chain;
 
 /// How long `leases.json` may lag behind the journal before it is written again. With the time that the writing takes it
 /// stays within a second.
@@ -26,13 +27,22 @@ const JOURNAL_WORTH_CUTTING: u64 = 1 << 20;
 
 const LEASE_FILE_MODE: u32 = 0o644;
 
+/// What is put behind the name of a damaged file that is moved aside, and the time of that behind it.
+const ASIDE: &str = ".corrupt-";
+const ASIDE_TIME: &str = "%Y%m%dT%H%M%SZ";
+
+/// How long a lease that was lost may last: what leases last unless told otherwise.
+const LONGEST_LOST: SignedDuration = SignedDuration::from_hours(24);
+
 /// What was found on disk.
 #[derive(Debug)]
 pub struct Loaded {
     /// The leases, those that have run out among them.
     pub leases: Vec<Lease>,
-    /// Whether leases may have been lost: a file cannot be read and will be moved aside.
+    /// Whether leases may have been lost that still last: a file cannot be read and will be moved aside, or was lately.
     pub lost: bool,
+    /// Whether there is neither file.
+    pub missing: bool,
     damaged: Damaged,
     table: Table,
     journal: Journal,
@@ -64,13 +74,14 @@ pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
     for record in &replay.changes {
         if foreign { table.add(*record) } else { table.apply(*record) }
     }
-    let lost = parsed.damaged || replay.damaged;
+    let damaged = Damaged { leases: parsed.damaged, journal: replay.damaged };
     // What the journal said is in the table; it goes once the table is on disk.
-    let fresh = journal.is_none() && !lost;
+    let fresh = journal.is_none() && !damaged.leases;
     let loaded = Loaded {
         leases: table.leases().collect(),
-        lost,
-        damaged: Damaged { leases: parsed.damaged, journal: replay.damaged },
+        lost: damaged.leases || damaged.journal || was_damaged_lately(path),
+        missing: bytes.is_none() && journal.is_none(),
+        damaged,
         table,
         journal: Journal::new(journal_path, if replay.damaged { 0 } else { replay.len }),
         path: path.to_owned(),
@@ -79,12 +90,29 @@ pub fn load(path: &Path) -> Result<Loaded, LeaseError> {
     Ok(loaded)
 }
 
+/// Whether a damaged file was moved aside so lately that leases which were lost with it may still last.
+fn was_damaged_lately(path: &Path) -> bool {
+    let Some((folder, name)) = path.parent().zip(path.file_name().and_then(|name| name.to_str())) else { return false };
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let journal = Path::new(name).with_extension("journal").to_string_lossy().into_owned();
+    let prefixes = [name, &journal].map(|name| format!("{name}{ASIDE}"));
+    let time = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        let time = prefixes.iter().find_map(|prefix| name.strip_prefix(prefix.as_str()))?;
+        Some(
+            jiff::civil::DateTime::strptime(ASIDE_TIME, time).ok()?.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp(),
+        )
+    };
+    let since = Timestamp::now() - LONGEST_LOST;
+    std::fs::read_dir(folder).into_iter().flatten().flatten().filter_map(time).any(|time| time > since)
+}
+
 /// Keeps a damaged file for someone to look at, under another name. `leases.json` keeps its own as well, until what could
 /// be read of it is written in its place.
 fn set_aside(path: &Path, keep: bool) -> Result<(), LeaseError> {
-    let time = Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let time = Timestamp::now().strftime(ASIDE_TIME).to_string();
     let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".corrupt-{time}"));
+    aside.push(format!("{ASIDE}{time}"));
     let aside = PathBuf::from(aside);
     let linked = if keep { std::fs::hard_link(path, &aside) } else { std::fs::rename(path, &aside) };
     match linked {
@@ -313,6 +341,14 @@ impl Writer {
                     let journal = self.journal.path().display();
                     tracing::error!(%error, %journal, "leases cannot be written; none is granted until they can");
                 }
+                // A renewal is acknowledged all the same, and what ends a lease has happened: both are written to
+                // leases.json once there is room.
+                for record in records {
+                    if self.table.continues(record) {
+                        self.table.apply(*record);
+                        self.behind_since.get_or_insert_with(Instant::now);
+                    }
+                }
                 false
             }
         }
@@ -355,8 +391,11 @@ impl Writer {
     fn snapshot_done(&mut self, written: Result<(), LeaseError>) {
         let Some(snapshot) = self.snapshot.take() else { return };
         if let Err(error) = written.and_then(|()| self.cut_journal(&snapshot)) {
-            let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-            tracing::warn!(%error, cause, "leases.json is older than the leases, which are safe in the journal");
+            // That there is no room has been said.
+            if !self.failing {
+                let error = chain(&error);
+                tracing::warn!(error, "leases.json is older than the leases, which are safe in the journal");
+            }
             self.corrected |= snapshot.corrects;
             self.behind_since = Some(Instant::now() + SNAPSHOT_RETRY);
         }

@@ -106,6 +106,8 @@ pub struct Datagram<'a> {
     pub sender: Mac,
     /// Source address of the IP packet.
     pub source: Ipv4Addr,
+    /// Its destination.
+    pub destination: Ipv4Addr,
     /// The DHCP message.
     pub payload: &'a [u8],
 }

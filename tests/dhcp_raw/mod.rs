@@ -80,12 +80,17 @@ impl Raw {
 
     /// Sends a message in a frame from this station and this address.
     pub fn send_as(&self, sender: [u8; 6], source: Ipv4Addr, payload: &[u8]) {
+        self.send_to(sender, source, Ipv4Addr::BROADCAST, payload);
+    }
+
+    /// The same to another address than everybody's.
+    pub fn send_to(&self, sender: [u8; 6], source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) {
         let udp_len = u16::try_from(8 + payload.len()).unwrap();
         let mut header = vec![0x45, 0];
         header.extend((20 + udp_len).to_be_bytes());
         header.extend([0, 0, 0, 0, 64, 17, 0, 0]);
         header.extend(source.octets());
-        header.extend([255; 4]);
+        header.extend(destination.octets());
         let mut sum: u32 = header.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
         while sum > 0xffff {
             sum = (sum & 0xffff) + (sum >> 16);

@@ -22,7 +22,7 @@ impl Engine {
             Kind::Discover => self.discover(request, port, now, may_grant),
             Kind::Request => self.request(request, port, now, may_grant),
             Kind::Decline => self.decline(request, port, now),
-            Kind::Release => self.release(request),
+            Kind::Release => self.release(request, port),
             Kind::Inform => self.inform(request),
         }
     }
@@ -51,6 +51,7 @@ impl Engine {
             return Step::refused(Refusal::PortLimit);
         }
         match owned {
+            Some((ip, entry)) if entry.doubtful && entry.state == State::Free => self.probe(ip, request, port, now),
             Some((ip, entry)) if matches!(entry.state, State::Free | State::Held { .. }) => {
                 self.offer(ip, request, port, now)
             }
@@ -137,10 +138,12 @@ impl Engine {
         if self.pool.get(ip).is_some_and(|entry| !entry.pooled && entry.is_bound_to(mac)) {
             return self.nak(request, "the address has left the pool");
         }
-        if self.entitled(ip, mac) {
+        let in_doubt = |entry: &Entry| entry.doubtful && entry.state == State::Free;
+        let in_doubt = self.pool.get(ip).is_some_and(in_doubt) && self.pool.promised_to(mac).is_none();
+        if self.entitled(ip, mac) && !in_doubt {
             return self.grant(ip, request, port, now, may_grant);
         }
-        if self.is_held_for_someone(ip) {
+        if self.is_held_for_someone(ip) || in_doubt && self.entitled(ip, mac) {
             let refusal = if may_grant { None } else { Some(Refusal::Withheld) };
             let refusal = refusal.or(self.is_over_limit(port).then_some(Refusal::PortLimit));
             return refusal.map_or_else(|| self.probe(ip, request, port, now), Step::refused);
@@ -208,6 +211,9 @@ impl Engine {
         let ours = request.server_id.is_none_or(|id| id == self.settings.parameters.gateway);
         let named = request.requested.and_then(|ip| self.pool.get(ip).map(|entry| (ip, *entry)));
         match named {
+            Some((_, entry)) if entry.port.zip(port).is_some_and(|(was, is)| was != is) => {
+                Step::refused(Refusal::NotHolder)
+            }
             Some((ip, entry)) if ours && self.is_client_itself(request) && entry.is_bound_to(mac) => {
                 self.pool.decline(ip, entry.port.or(port), now.monotonic + DECLINE_REST);
                 tracing::warn!(%ip, %mac, "the client found its address in use; it rests for ten minutes");
@@ -221,11 +227,14 @@ impl Engine {
         }
     }
 
-    /// Section 4.3.4: the client gives its address back. It counts only from the address and the client that hold it.
-    fn release(&mut self, request: &Request) -> Step {
+    /// Section 4.3.4: the client gives its address back. It counts only from the address and the client that hold it, and
+    /// where the client is behind another port than it was, its word is not taken for it.
+    fn release(&mut self, request: &Request, port: Option<Port>) -> Step {
         let (mac, ip) = (request.chaddr, request.ciaddr);
-        let holds = self.pool.get(ip).is_some_and(|entry| entry.is_bound_to(mac));
-        if !holds || !self.is_client_itself(request) || request.source != ip {
+        let ours = request.server_id.is_none_or(|id| id == self.settings.parameters.gateway);
+        let elsewhere = |entry: &Entry| entry.port.zip(port).is_some_and(|(was, is)| was != is);
+        let holds = self.pool.get(ip).is_some_and(|entry| entry.is_bound_to(mac) && !elsewhere(entry));
+        if !ours || !holds || !self.is_client_itself(request) || request.source != ip {
             return Step::refused(Refusal::NotHolder);
         }
         self.pool.free_up(ip);

@@ -227,11 +227,42 @@ fn only_the_holder_can_give_an_address_back_or_decline_it() {
         decline(2, mine),
         Request { sender: mac(2), ..decline(1, mine) },
         Request { server_id: Some(ip(250)), ..decline(1, mine) },
+        Request { server_id: Some(ip(250)), ..release(1, mine) },
     ] {
         assert_eq!(bench.step(&forged).refusal, Some(Refusal::NotHolder), "{forged:?}");
     }
     assert!(bench.engine.pool().get(mine).unwrap().is_bound_to(mac(1)));
     assert_eq!(bench.step(&release(1, mine)).refusal, None);
+}
+
+#[test]
+fn a_client_that_is_suddenly_behind_another_port_cannot_end_its_lease() {
+    let mut bench = Bench::new(10);
+    let (here, elsewhere) = (Some(Port(4)), Some(Port(5)));
+    let Some(Answer::Offer(mine)) = bench.engine.handle(&discover(1), here, bench.now, true).reply.map(|r| r.answer)
+    else {
+        panic!("no offer")
+    };
+    let _ = bench.engine.handle(&select(1, mine), here, bench.now, true);
+    for forged in [release(1, mine), decline(1, mine)] {
+        assert_eq!(bench.engine.handle(&forged, elsewhere, bench.now, true).refusal, Some(Refusal::NotHolder));
+    }
+    assert_eq!(bench.engine.handle(&release(1, mine), here, bench.now, true).refusal, None);
+}
+
+#[test]
+fn an_address_in_doubt_is_probed_also_for_the_one_who_had_it_last() {
+    for request in [discover(1), reboot(1, ip(2)), renew(1, ip(2))] {
+        let mut bench = Bench::new(4);
+        assert_eq!(bench.lease(1), ip(2));
+        bench.pass(HOUR);
+        // Someone uses it meanwhile.
+        assert_eq!(bench.step(&renew(9, ip(2))).refusal, Some(Refusal::Unknown));
+        assert_eq!(bench.step(&request).effects, [Effect::Probe(ip(2))], "{request:?}");
+        let found = bench.engine.in_use(ip(2), mac(9), None, bench.now, true);
+        assert_eq!(found.grant, None);
+        assert!(!bench.engine.pool().get(ip(2)).unwrap().is_bound_to(mac(1)));
+    }
 }
 
 #[test]
@@ -370,7 +401,10 @@ fn leases_are_restored_by_the_wall_clock_and_kept_by_the_other() {
     assert_eq!(bench.pass(1800).len(), 1);
     // One that would last for ever ends after a day, and its address is then in doubt until it is probed.
     assert_eq!(bench.pass(24 * HOUR).len(), 1);
-    assert_eq!(bench.answer(&discover(3)), Some(Answer::Offer(ip(3))), "remembered though expired");
+    assert_eq!(bench.step(&discover(3)).effects, [Effect::Probe(ip(3))], "remembered though expired, and in doubt");
+    bench.now.monotonic += PROBE_WAIT;
+    let offers = bench.engine.tick(bench.now, true);
+    assert_eq!(offers[0].reply.as_ref().unwrap().answer, Answer::Offer(ip(3)));
 }
 
 #[test]

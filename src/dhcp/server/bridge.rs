@@ -9,9 +9,12 @@ use super::Error;
 use crate::dhcp::netlink::Netlink;
 use crate::dhcp::routes::{self, Link};
 use crate::dhcp::sockets::{FrameSocket, claim_port};
+use crate::netlink::{messages, u32_at};
 
-/// `RTNLGRP_LINK` of rtnetlink(7).
+/// `RTNLGRP_LINK`, `RTM_NEWLINK` and `IFF_UP` of rtnetlink(7) and netdevice(7).
 const LINK_GROUP: u32 = 1;
+const RTM_NEWLINK: u16 = 16;
+const IFF_UP: u32 = 1;
 
 /// The bridge, open for business.
 #[derive(Debug)]
@@ -47,19 +50,27 @@ impl LinkWatch {
         Ok(Self(socket))
     }
 
-    /// Throws away what has been said: whoever wants to know how things are now looks.
-    pub fn drain(&self) {
+    /// Reads what has been said, and whether the bridge of this index was down at some time: its routes went then,
+    /// however soon it was up again. Whoever wants to know how things are now looks.
+    pub fn drain(&self, bridge: Option<u32>) -> bool {
         let mut buffer = Vec::with_capacity(8192);
+        let mut was_down = false;
         loop {
             buffer.clear();
             match self.0.recv(&mut buffer, 0) {
-                Ok(_) => {}
-                // Messages were lost, which says that there were some.
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {}
-                Err(_) => return,
+                Ok(_) => was_down |= messages(&buffer).any(|message| tells_of_down(message, bridge)),
+                // Messages were lost: any may have been among them.
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => was_down = true,
+                Err(_) => return was_down,
             }
         }
     }
+}
+
+/// Whether a message (`struct ifinfomsg`, rtnetlink(7)) says that this interface is down.
+fn tells_of_down((kind, payload): (u16, &[u8]), index: Option<u32>) -> bool {
+    let down = u32_at(payload, 8).is_some_and(|flags| flags & IFF_UP == 0);
+    kind == RTM_NEWLINK && down && index.is_some() && u32_at(payload, 4) == index
 }
 
 impl std::os::fd::AsFd for LinkWatch {

@@ -13,9 +13,11 @@ use crate::dhcp::routes::{self, Change};
 impl Worker {
     /// At the start: addresses that seem to be in use though their leases are lost are kept from others, ports of the
     /// bridge are told apart, and the routes are made to match the leases.
-    pub(super) fn meet_the_host(&mut self, lost: bool, now: Now) -> Result<(), Error> {
+    pub(super) fn meet_the_host(&mut self, lost: bool, missing: bool, now: Now) -> Result<(), Error> {
         let Some(index) = self.bridge.as_ref().map(|bridge| bridge.link.index) else { return Ok(()) };
-        if lost {
+        // Routes of leases without any lease file: that is no first start.
+        let gone = missing && routes::present(&mut self.netlink, index).is_ok_and(|routes| !routes.is_empty());
+        if lost || gone {
             self.hold_what_lives(index, now).map_err(self.io("find out which addresses are in use"))?;
         }
         if self.config.port_lease_limit > 0 {

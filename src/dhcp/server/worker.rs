@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::Read as _;
+use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -20,10 +21,11 @@ use crate::dhcp::arp::Prober;
 use crate::dhcp::engine::{Engine, Now, Settings};
 use crate::dhcp::netlink::Netlink;
 use crate::dhcp::reply::Parameters;
+use crate::dhcp::routes::{self, Station};
 use crate::dhcp::store::{Outcome, Store};
 use crate::dhcp::wire::{Kind, Malformed, Request};
 use crate::dhcp::{Config, Mac};
-use crate::dhcp::{addresses::Port, frame, routes};
+use crate::dhcp::{addresses::Port, frame};
 use crate::log::LogLimit;
 use crate::metrics::Metrics;
 
@@ -93,7 +95,7 @@ impl Worker {
             }
             None => Bridge::open(&config.interface, link)?,
         };
-        let (leases, lost) = (loaded.leases.clone(), loaded.lost);
+        let (leases, lost, missing) = (loaded.leases.clone(), loaded.lost, loaded.missing);
         let (report, outcomes) = mpsc::channel();
         let store = Store::start(loaded, move |outcome| {
             // If the server is gone, nobody wants to know.
@@ -123,7 +125,7 @@ impl Worker {
         };
         let now = worker.now();
         worker.engine.restore(leases, now);
-        worker.meet_the_host(lost, now)?;
+        worker.meet_the_host(lost, missing, now)?;
         worker.update_gauges();
         Ok(worker)
     }
@@ -137,6 +139,7 @@ impl Worker {
             for order in orders.try_iter() {
                 match order {
                     Control::Reload(config) => self.reload(config),
+                    Control::CheckRoutes => self.repair_routes(),
                     Control::Stop => return self.stop(),
                 }
             }
@@ -182,8 +185,12 @@ impl Worker {
         let link_news = for_news && fds.last().is_some_and(|fd| fd.any().unwrap_or(true));
         if link_news {
             self.next_news = now + LINK_PAUSE;
-            self.links.drain();
+            let index = self.bridge.as_ref().map(|bridge| bridge.link.index);
+            let was_down = self.links.drain(index);
             self.follow_the_bridge()?;
+            if was_down {
+                self.repair_routes();
+            }
         }
         Ok(())
     }
@@ -210,9 +217,16 @@ impl Worker {
                 self.dropped("bad_packet");
                 continue;
             };
+            if !self.is_for_us(datagram.destination) {
+                self.dropped("not_for_us");
+                continue;
+            }
             match Request::try_from(datagram) {
                 Ok(request) => {
-                    let port = self.port_of(&request);
+                    let Some(port) = self.port_of(&request) else {
+                        self.dropped("spoofed_sender");
+                        continue;
+                    };
                     tracing::trace!(?request, ?port, "received");
                     let step = self.engine.handle(&request, port, now, may_grant);
                     self.note_refusal(&request, port, &step);
@@ -233,22 +247,41 @@ impl Worker {
         Ok(frames)
     }
 
-    /// The port that a request came in by, when that matters.
-    fn port_of(&mut self, request: &Request) -> Option<Port> {
-        if matches!(request.kind, Kind::Release | Kind::Inform) { None } else { self.port_of_station(request.sender) }
+    /// Whether a packet to this address is meant for the server, and not for one beyond this node.
+    fn is_for_us(&self, destination: Ipv4Addr) -> bool {
+        let subnet = self.config.subnet.net();
+        [Ipv4Addr::BROADCAST, subnet.broadcast(), self.config.gateway].contains(&destination)
+    }
+
+    /// The port that a request came in by, when that matters; `None` for a sender that is this node itself.
+    fn port_of(&mut self, request: &Request) -> Option<Option<Port>> {
+        match request.kind {
+            Kind::Inform => Some(None),
+            _ => self.port_of_station(request.sender),
+        }
     }
 
     /// The port of the bridge behind which a station is, when ports have a limit. Stations that the bridge does not know
-    /// share one.
-    fn port_of_station(&mut self, mac: Mac) -> Option<Port> {
-        let bridge = self.bridge.as_ref().filter(|_| self.config.port_lease_limit > 0)?;
-        Some(routes::port_of(&mut self.netlink, bridge.link.index, mac).ok().flatten().unwrap_or(Port(0)))
+    /// share one. `None` for an address of the bridge or one of its ports, which no station beyond them has.
+    fn port_of_station(&mut self, mac: Mac) -> Option<Option<Port>> {
+        let Some(bridge) = &self.bridge else { return Some(None) };
+        if mac == bridge.link.mac {
+            return None;
+        }
+        if self.config.port_lease_limit == 0 {
+            return Some(None);
+        }
+        match routes::station(&mut self.netlink, bridge.link.index, mac) {
+            Ok(Station::Behind(port)) => Some(Some(port)),
+            Ok(Station::Unknown) | Err(_) => Some(Some(Port(0))),
+            Ok(Station::Ourselves) => None,
+        }
     }
 
     fn answer_probes(&mut self) -> Result<(), Error> {
         let mut steps = Vec::new();
         while let Ok(Some((ip, by))) = self.prober.answer() {
-            let from = self.port_of_station(by);
+            let Some(from) = self.port_of_station(by) else { continue };
             steps.push(self.engine.in_use(ip, by, from, self.now(), self.may_grant()));
         }
         self.carry_out(steps)
@@ -290,6 +323,8 @@ impl Worker {
         };
         self.engine.reconfigure(settings(&self.config), &self.config.addresses);
         tracing::info!(addresses = self.config.addresses.len(), "the DHCP server goes by a new configuration");
+        // Another gateway address is on the bridge, and the kernel may have dropped routes with the old one.
+        self.repair_routes();
     }
 
     /// Saves the leases. What was granted and has become durable is still answered.

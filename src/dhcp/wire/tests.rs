@@ -20,7 +20,12 @@ fn discover(options: impl IntoIterator<Item = DhcpOption>) -> Vec<u8> {
 }
 
 fn read(payload: &[u8]) -> Result<Request, Malformed> {
-    Request::try_from(Datagram { sender: MAC, source: Ipv4Addr::UNSPECIFIED, payload })
+    Request::try_from(Datagram {
+        sender: MAC,
+        source: Ipv4Addr::UNSPECIFIED,
+        destination: Ipv4Addr::BROADCAST,
+        payload,
+    })
 }
 
 /// A DISCOVER whose options field is these bytes.
