@@ -14,8 +14,12 @@ fn main() -> ExitCode {
     match start(cli) {
         Ok(code) => code,
         Err(error) => {
-            // Nowhere is left to report to when stderr is closed.
-            let _ = writeln!(io::stderr(), "error: {error:#}");
+            if logs_json() {
+                tracing::error!("{error:#}");
+            } else {
+                // Nowhere is left to report to when stderr is closed.
+                let _ = writeln!(io::stderr(), "error: {error:#}");
+            }
             if error.is::<UsageError>() { ExitCode::from(USAGE_STATUS) } else { ExitCode::FAILURE }
         }
     }
@@ -26,6 +30,10 @@ fn start(cli: Cli) -> Result<ExitCode> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(commands::run(cli))
+}
+
+fn logs_json() -> bool {
+    std::env::var("COCOON_NET_LOG_FORMAT").is_ok_and(|format| format == "json")
 }
 
 fn set_up_logging() {
@@ -42,7 +50,7 @@ fn set_up_logging() {
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
-    if std::env::var("COCOON_NET_LOG_FORMAT").is_ok_and(|format| format == "json") {
+    if logs_json() {
         log.json().init();
     } else {
         log.init();

@@ -121,6 +121,12 @@ impl Pool {
         }
     }
 
+    /// Whether it holds anything in a cloud that only it knows of.
+    #[must_use]
+    pub fn has_claims(&self) -> bool {
+        !self.eni_ids.is_empty() || self.alias_range_name.is_some() || self.pending_claim.is_some()
+    }
+
     /// The earlier state with what this one has claimed in the cloud so far: addresses and drops stay the earlier ones
     /// until the new ones are in hand.
     #[must_use]

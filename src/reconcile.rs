@@ -18,15 +18,15 @@ use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
 use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
-use crate::host::firewall::{Backend, FirewallError};
+use crate::host::firewall::{Backend, Family, FirewallError};
 use crate::host::plan::{Drift, Plan};
 use crate::host::step::Step;
-use crate::host::{Host, HostError, Outcome, Target, drops, summary};
+use crate::host::{self, Host, HostError, Outcome, Target, drops, summary};
 use crate::log::{LogLimit, chain};
 use crate::metrics::{Health, Metrics};
 use crate::pool::{Pool, PoolError};
 use crate::systemd;
-use crate::watch::{self, Wake};
+use crate::watch::{self, Reason, Wake};
 
 /// How long isolation may be wanted and not verified before a quarantine.
 const QUARANTINE_AFTER: Duration = Duration::from_secs(10);
@@ -134,6 +134,8 @@ pub struct Reconciler {
     troubles: LogLimit,
     /// Whether the bridge had to be mended in the last pass.
     bridge_mended: bool,
+    /// Whether the backend that is not the host's has been looked at.
+    looked_elsewhere: bool,
     /// Indices of the interfaces that were isolated ports once.
     isolated_ports: HashSet<u32>,
 }
@@ -159,6 +161,7 @@ impl Reconciler {
             repairs: LogLimit::default(),
             troubles: LogLimit::default(),
             bridge_mended: false,
+            looked_elsewhere: false,
             isolated_ports: HashSet::new(),
         }
     }
@@ -224,6 +227,7 @@ impl Reconciler {
                 self.verified();
                 if !besieged {
                     self.lower_backstop().await;
+                    self.clear_other_backend(wake).await;
                 }
                 Ok(if repaired { watch::Outcome::Repaired } else { watch::Outcome::Clean })
             }
@@ -255,6 +259,28 @@ impl Reconciler {
             && let Err(error) = self.backstop.raise(&targets).await
         {
             tracing::warn!(error = %chain(&error), "cannot put up the blackhole routes");
+        }
+    }
+
+    /// Rules of ours in the backend that is not the host's are enforced unseen. They change rarely: the slow passes look,
+    /// and the first after the start.
+    async fn clear_other_backend(&mut self, wake: Option<&Wake>) {
+        let slow = wake.is_some_and(|wake| !self.looked_elsewhere || wake.reasons.contains(&Reason::Interval));
+        if self.options.rules != Rules::Manage || !slow {
+            return;
+        }
+        self.looked_elsewhere = true;
+        for family in [Family::V4, Family::V6] {
+            match host::clear_other_backend(family).await {
+                Ok(0) => {}
+                Ok(count) => {
+                    tracing::warn!(count, "rules of ours were stranded in the other iptables backend; removed them");
+                    self.listeners.metrics.drift_repaired("rules_stranded");
+                }
+                Err(error) => {
+                    tracing::debug!(error = %chain(&error), "the other iptables backend cannot be seen to");
+                }
+            }
         }
     }
 

@@ -264,3 +264,119 @@ fn results_go_to_stdout_and_talk_to_stderr() {
     assert_eq!(output.stdout.lines().count(), 1, "{output}");
     assert!(!output.stderr.is_empty());
 }
+
+#[test]
+fn rules_that_another_backend_is_left_with_go_once_new_ones_stand() {
+    let node = Node::new();
+    let many: Vec<String> = (1..=17).map(|n| format!("--drop-cidr 10.{n}.0.0/16")).collect();
+    node.adopt(many.join(" ")).succeeded();
+    assert!(node.ok("ipset list -n").contains("cocoon-net-drop"));
+    // The host's administrator switches to legacy, with the old rules over the set still there.
+    for tool in ["iptables", "ip6tables"] {
+        for verb in ["", "-save", "-restore"] {
+            let real = node.real_tool("xtables-legacy-multi");
+            node.fake_tool(
+                &format!("{tool}{verb}"),
+                &format!("#!/bin/sh\nexec {} {tool}{verb} \"$@\"\n", real.display()),
+            );
+        }
+    }
+    node.adopt("--drop-cidr 10.0.0.0/8").succeeded();
+    assert!(!node.ok("iptables-nft-save").contains("cocoon-net"), "nothing is stranded");
+    assert!(node.ok("iptables -S FORWARD").contains("-d 10.0.0.0/8"));
+    assert!(!node.run("ipset list -n").stdout.contains("cocoon-net-drop"));
+    let _daemon = node.daemon("--metrics-addr=");
+    node.cocoon("check").succeeded();
+
+    // And back, under a running daemon.
+    let nft = node.real_tool("iptables-nft");
+    node.ok(format!("{} -A FORWARD -i cni0 -o cni0 -m comment --comment cocoon-net -j ACCEPT", nft.display()));
+    let mut daemon = _daemon;
+    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    daemon.wait(std::time::Duration::from_secs(5));
+    let _daemon = node.daemon("--metrics-addr=");
+    let cleared = || !node.ok("iptables-nft-save").contains("cocoon-net");
+    assert!(support::eventually(std::time::Duration::from_secs(5), cleared));
+}
+
+#[test]
+fn where_no_set_is_to_be_had_plain_rules_do_and_nobody_minds() {
+    for (tool, refusal) in [
+        ("ipset", "[ \"$1\" = restore ] && { echo 'Kernel error received: set type not supported' >&2; exit 1; }"),
+        (
+            "iptables-restore",
+            "input=$(cat); case $input in *--match-set*) echo \"Couldn't load match \\`set'\" >&2; exit 2; esac",
+        ),
+    ] {
+        let node = Node::new();
+        let real = if tool == "ipset" { node.real_tool("ipset") } else { node.real_tool("iptables-nft-restore") };
+        let run = if tool == "ipset" { "exec" } else { "printf '%s\\n' \"$input\" | exec" };
+        node.fake_tool(tool, &format!("#!/bin/sh\n{refusal}\n{run} {} \"$@\"\n", real.display()));
+        let many: Vec<String> = (1..=17).map(|n| format!("--drop-cidr 10.{n}.0.0/16")).collect();
+        let output = node.adopt(many.join(" ")).succeeded();
+        assert!(output.stderr.contains("plain rules"), "{tool}: {output}");
+        assert!(!node.run("ipset list -n").stdout.contains("cocoon-net"), "{tool}: a set is left over");
+        let _daemon = node.daemon("--metrics-addr=");
+        let check = node.cocoon("check").succeeded();
+        assert!(check.stdout.lines().any(|row| row.starts_with("WARN") && row.contains("ipset")), "{tool}: {check}");
+        assert!(!node.cocoon("status").succeeded().stdout.contains("NOT ENFORCED"), "{tool}");
+    }
+}
+
+#[test]
+fn what_is_claimed_in_a_cloud_is_not_forgotten_for_another_platform() {
+    let node = Node::builder().volcengine_nics().build();
+    let mut state: serde_json::Value = serde_json::from_str(include_str!("golden/volcengine-pool.json")).unwrap();
+    state["eniIDs"] = serde_json::json!(["eni-1", "eni-2"]);
+    node.mkdir("/var/lib/cocoon/net");
+    node.write(STATE, state.to_string());
+    let before = node.snapshot();
+    for command in ["adopt --manage-iptables", "init"] {
+        let output =
+            node.cocoon(format!("{command} --platform none --node-name n1 --subnet 172.20.100.0/24")).exited(1);
+        assert!(output.stderr.contains("volcengine") && output.stderr.contains("teardown"), "{output}");
+    }
+    node.assert_back_to(&before);
+}
+
+#[test]
+fn another_gateway_costs_no_route() {
+    let node = Node::new();
+    node.adopt("").succeeded();
+    node.ok("ip route add 10.99.0.0/16 via 172.20.100.9 dev cni0");
+    node.ok("ip route add 172.20.100.7/32 dev cni0 proto boot");
+    node.adopt("--gateway 172.20.100.254").succeeded();
+    let addresses = node.ok("ip -4 -o addr show dev cni0");
+    assert!(addresses.contains("172.20.100.254/24") && !addresses.contains("172.20.100.1/24"), "{addresses}");
+    let routes = node.ok("ip route");
+    for route in ["10.99.0.0/16 via 172.20.100.9", "172.20.100.7 dev cni0", "172.20.100.0/24 dev cni0"] {
+        assert!(routes.contains(route), "no {route} in {routes}");
+    }
+}
+
+#[test]
+fn a_relative_cni_folder_is_the_same_for_the_daemon() {
+    let node = Node::new();
+    let binary = env!("CARGO_BIN_EXE_cocoon-net");
+    node.ok(["sh", "-c", &format!("cd /run && {binary} {UNMANAGED} --manage-iptables --cni-conf-dir rel")]);
+    assert_eq!(node.read_json(STATE)["cniConfDir"], "/run/rel");
+    assert!(node.exists("/run/rel/30-cocoon-dhcp.conflist"));
+}
+
+#[test]
+fn the_uplink_is_found_behind_several_default_routes() {
+    let node = Node::builder().uplink("eth7").nics(["eth9"]).no_default_route().build();
+    node.ok("ip addr add 198.51.100.2/24 dev eth9");
+    node.ok("ip link set eth9 up");
+    node.ok("ip route add default nexthop via 10.128.0.1 dev eth7 nexthop via 198.51.100.1 dev eth9");
+    node.adopt("").succeeded();
+    assert_eq!(node.read_json(STATE)["primaryNIC"], "eth7");
+}
+
+#[test]
+fn a_dry_run_that_would_fail_says_so_and_promises_nothing() {
+    let node = Node::new();
+    node.ok("ip link add cni0 type veth peer name other");
+    let output = node.cocoon(format!("{UNMANAGED} --manage-iptables {DROPS} --dry-run")).exited(1);
+    assert!(output.stdout.contains("! cni0") && !output.stdout.contains("+ iptables"), "{output}");
+}

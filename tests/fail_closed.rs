@@ -369,3 +369,35 @@ fn killed_before_any_tool_ran_adopt_leaves_no_path_without_its_drops() {
 fn killed_after_any_tool_ran_adopt_leaves_no_path_without_its_drops() {
     killed_around_each_tool("TOOL\nstatus=$?\n[ \"$turn\" ] && kill -9 $PPID\nexit $status");
 }
+
+#[test]
+fn a_hangup_in_the_middle_undoes_what_was_done() {
+    let node = Node::new();
+    let before = node.snapshot();
+    let real = node.real_tool("sysctl");
+    node.fake_tool("sysctl", &format!("#!/bin/sh\nsleep 1\nexec {} \"$@\"\n", real.display()));
+    let mut adopt = node.spawn_cocoon(format!(
+        "adopt --platform none --node-name n1 --subnet 172.20.100.0/24 --manage-iptables {DROPS}"
+    ));
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    adopt.signal(nix::sys::signal::Signal::SIGHUP);
+    adopt.wait(std::time::Duration::from_secs(20)).exited(1);
+    node.assert_alike(&before, support::Snapshot::without_empty_tables);
+}
+
+#[test]
+fn rules_that_cannot_be_read_any_more_do_not_keep_the_rest_from_being_undone() {
+    let node = Node::new();
+    let real = node.real_tool("iptables-nft-save");
+    // It can be looked at twice, and never again.
+    node.fake_tool(
+        "iptables-save",
+        &format!(
+            "#!/bin/sh\necho x >>/run/looks\n[ $(wc -l </run/looks) -gt 2 ] && exit 4\nexec {} \"$@\"\n",
+            real.display()
+        ),
+    );
+    node.adopt(DROPS).exited(1);
+    assert!(!node.exists("/sys/class/net/cni0") && !node.exists("/etc/cni/net.d/30-cocoon-dhcp.conflist"));
+    assert!(!node.exists(STATE));
+}

@@ -269,3 +269,13 @@ fn a_state_that_cannot_be_read_is_not_called_nothing() {
     let output = node.cocoon("teardown").exited(1);
     assert!(!output.stderr.contains("nothing to tear down") && output.stderr.contains("not a JSON object"), "{output}");
 }
+
+#[test]
+fn a_bridge_with_an_ipv6_address_of_somebody_elses_stays() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    node.ok("ip -6 addr add 2001:db8::1/64 dev cni0 nodad");
+    node.cocoon("teardown").succeeded();
+    let addresses = node.ok("ip -o addr show dev cni0");
+    assert!(addresses.contains("2001:db8::1") && !addresses.contains("172.20.100.1"), "{addresses}");
+}

@@ -1,6 +1,6 @@
 //! `adopt`: take over addresses that are routed here already. No cloud call is made.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::cli::AdoptArgs;
 use crate::files;
@@ -29,6 +29,15 @@ pub async fn run(args: AdoptArgs) -> Result<()> {
 
     let _lock = configure::lock_state(state_dir).await?;
     let earlier = Pool::load_optional(state_dir)?;
+    configure::ensure_claims_are_kept(earlier.as_ref(), &config, state_dir)?;
+    if let Some(earlier) = earlier.as_ref().filter(|earlier| earlier.has_claims()) {
+        ensure!(
+            earlier.config.subnet == config.subnet,
+            "this node holds addresses of {} in the cloud, which nothing would give back, so nothing was changed; run \
+             `cocoon-net teardown` first",
+            earlier.config.subnet
+        );
+    }
     let mut pool = adopted(&request, &config, earlier.as_ref());
     let earlier = earlier.as_ref().map(|earlier| &earlier.config);
     if let Err(error) = configure::host_then_state(&host, &mut pool, earlier, rules, state_dir).await {

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::host::plan::Plan;
@@ -21,8 +21,10 @@ pub struct Changes {
 impl Changes {
     /// The changes of a plan.
     pub fn of(plan: &Plan) -> Self {
+        // Nothing is done while there is an obstacle.
+        let steps = if plan.obstacles.is_empty() { &plan.steps[..] } else { &[] };
         Self {
-            lines: plan.steps.iter().flat_map(Step::lines).collect(),
+            lines: steps.iter().flat_map(Step::lines).collect(),
             obstacles: plan.obstacles.clone(),
             ..Self::default()
         }
@@ -44,10 +46,12 @@ impl Changes {
         self.lines.extend(step::file_lines(path, old, new));
     }
 
-    /// Prints them on stdout.
+    /// Prints them on stdout; fails where the command would.
     pub fn print(&self, as_json: bool) -> Result<()> {
         let text = if as_json { format!("{:#}\n", self.to_json()) } else { self.to_text() };
-        io::stdout().write_all(text.as_bytes()).context("cannot write to stdout")
+        io::stdout().write_all(text.as_bytes()).context("cannot write to stdout")?;
+        ensure!(self.obstacles.is_empty(), "something on this host stands in the way, so nothing would be changed");
+        Ok(())
     }
 
     fn to_text(&self) -> String {

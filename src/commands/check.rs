@@ -21,6 +21,7 @@ use crate::host::observe::Observed;
 use crate::host::plan::{Drift, Plan};
 use crate::host::probe::{self, IsolatedBy};
 use crate::host::{Host, Target, cni};
+use crate::log::chain;
 use crate::pool::Pool;
 
 use super::privileges;
@@ -186,15 +187,24 @@ async fn rows_of_other_backend(rows: &mut Rows) -> Result<()> {
     let name = if backend == Backend::Nft { "iptables-nft" } else { "iptables-legacy" };
     let mut stranded = Vec::new();
     for family in [Family::V4, Family::V6] {
-        let rules = firewall::read(family, backend).await?;
+        let rules = match firewall::read_other(family, backend).await {
+            Ok(rules) => rules,
+            Err(error) => {
+                rows.add(Verdict::Fail, WHAT, format!("what stands in {name} cannot be read: {}", chain(&error)));
+                continue;
+            }
+        };
         stranded.extend(rules.ours().map(|(table, chain, saved)| format!("{table} {chain}: {}", saved.rule.text())));
     }
     match stranded.first() {
-        None => rows.add(Verdict::Ok, WHAT, format!("no rule of ours in {name}")),
+        None => rows.add(Verdict::Ok, WHAT, format!("no rule of ours seen in {name}")),
         Some(first) => rows.add(
             Verdict::Fail,
             WHAT,
-            format!("{} of our rules stranded in {name}, enforced unseen: {first}", stranded.len()),
+            format!(
+                "{} of our rules stranded in {name}, enforced unseen; the daemon, or another init, removes them: {first}",
+                stranded.len()
+            ),
         ),
     }
     Ok(())

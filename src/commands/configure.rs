@@ -3,15 +3,16 @@
 use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::command;
 use crate::config::{NodeConfig, Platform};
 use crate::files::{self, FileError, HOST_LOCK, LOCK_WAIT, LockFile, StateLock};
 use crate::host::desired::{Desired, Rules};
+use crate::host::firewall::Family;
 use crate::host::observe::Observed;
 use crate::host::plan::Plan;
-use crate::host::{Host, Target};
+use crate::host::{self, Host, Target};
 use crate::log::chain;
 use crate::pool::{self, Pool};
 
@@ -42,6 +43,20 @@ pub async fn lock_state(state_dir: &Path) -> Result<StateLock> {
         .context("the state could not be locked and written, so nothing was changed")
 }
 
+/// Stops a command that would forget what an earlier one has claimed in a cloud: nothing would give it back.
+pub fn ensure_claims_are_kept(earlier: Option<&Pool>, config: &NodeConfig, state_dir: &Path) -> Result<()> {
+    let Some(earlier) = earlier.filter(|earlier| earlier.has_claims()) else { return Ok(()) };
+    ensure!(
+        earlier.config.platform == config.platform,
+        "this node holds addresses of {} ({}), which nothing would give back, so nothing was changed; run `cocoon-net \
+         teardown` first, or stay with --platform {}",
+        earlier.config.platform,
+        pool::path_in(state_dir).display(),
+        earlier.config.platform
+    );
+    Ok(())
+}
+
 /// Makes the host right, then saves the state, or leaves both as they were. The host lock keeps a running daemon from
 /// comparing a half-changed host with the old state.
 pub async fn host_then_state(
@@ -62,10 +77,27 @@ pub async fn host_then_state(
     };
     match super::unless_interrupted(change).await {
         Ok(outcome) => {
+            if rules == Rules::Manage {
+                clear_other_backend().await;
+            }
             warn_about(&config, &outcome.after);
             Ok(())
         }
         Err(error) => Err(undone(error, host, target, &before).await),
+    }
+}
+
+/// Removes rules of ours that an earlier run left in the backend that is no longer the host's, once those that replace
+/// them stand.
+async fn clear_other_backend() {
+    for family in [Family::V4, Family::V6] {
+        match host::clear_other_backend(family).await {
+            Ok(0) => {}
+            Ok(count) => {
+                tracing::warn!(count, "rules of ours were stranded in the other iptables backend; removed them");
+            }
+            Err(error) => tracing::warn!(error = %chain(&error), "the other iptables backend cannot be seen to"),
+        }
     }
 }
 

@@ -33,6 +33,7 @@ pub async fn run(args: NodeArgs) -> Result<()> {
 
     let _lock = configure::lock_state(state_dir).await?;
     let earlier = Pool::load_optional(state_dir)?;
+    configure::ensure_claims_are_kept(earlier.as_ref(), &config, state_dir)?;
     let mut pool = Pool::following(config.clone(), earlier.as_ref());
     if let Err(error) = claim_and_configure(&host, &cloud, &mut pool, earlier.as_ref(), &request).await {
         files::remove_made_folders(state_dir);

@@ -80,7 +80,8 @@ impl Request {
                 host: args.drop_host_access,
             },
             mtu: args.mtu,
-            cni_conf_dir: args.cni_conf_dir.clone(),
+            // The daemon runs elsewhere.
+            cni_conf_dir: std::path::absolute(&args.cni_conf_dir).unwrap_or_else(|_| args.cni_conf_dir.clone()),
         };
         Ok(config.checked().map_err(|source| UsageError { flag: "--primary-nic", source })?)
     }

@@ -4,7 +4,7 @@ use ipnet::Ipv4Net;
 
 use super::backstop::Backstop;
 use super::desired::Bridge;
-use super::firewall;
+use super::firewall::{self, Family};
 use super::links::Mac;
 use super::plan::Plan;
 use super::step::Step;
@@ -49,16 +49,14 @@ impl Host {
             Step::FillSet { entries, old } => ipset::fill(entries, old).await?,
             Step::Firewall { family, backend, transaction } => firewall::write(*family, *backend, transaction).await?,
             Step::Hook { family, table, dormant } => firewall::set_dormant(*family, table, *dormant)?,
-            Step::DestroySet(_) => ipset::destroy().await?,
+            Step::DestroySet(_) => destroy_set().await?,
             Step::DestroyLeftoverSet => ipset::destroy_leftover().await?,
             Step::LowerBackstop => Backstop::open(BRIDGE)?.lower().await?,
             Step::CreateBridge { mac, bridge } => self.create_bridge(*mac, bridge).await?,
             Step::PinMac(mac) => self.links.pin_mac(self.index(BRIDGE).await?, BRIDGE, *mac).await?,
             Step::SetMtu { to, .. } => self.links.set_mtu(self.index(BRIDGE).await?, BRIDGE, *to).await?,
             Step::AddAddress(address) => self.links.add_address(self.index(BRIDGE).await?, BRIDGE, *address).await?,
-            Step::RemoveAddress(address) => {
-                self.links.remove_address(self.index(BRIDGE).await?, BRIDGE, *address).await?;
-            }
+            Step::RemoveAddress(address) => self.remove_address(*address).await?,
             Step::SetUp(name) => self.links.set_up(self.index(name).await?, name).await?,
             Step::SetDown(name) => self.links.set_down(self.index(name).await?, name).await?,
             Step::IsolatePort { port, isolated } => self.isolate(port, *isolated).await?,
@@ -99,6 +97,22 @@ impl Host {
         Ok(())
     }
 
+    /// With the first address of a subnet the kernel removes the others of it, and with those every route, unless told to
+    /// promote one (ip-sysctl.rst).
+    async fn remove_address(&self, address: Ipv4Net) -> Result<(), HostError> {
+        let promote = |value: &str| {
+            let key = format!("net/ipv4/conf/{BRIDGE}/promote_secondaries");
+            Setting { key, value: value.to_owned(), required: false }
+        };
+        let before = sysctl::read(&promote("1").key);
+        sysctl::write(&[promote("1")]).await?;
+        let removed = self.links.remove_address(self.index(BRIDGE).await?, BRIDGE, address).await;
+        if let Some(before) = before.filter(|before| before != "1") {
+            sysctl::write(&[promote(&before)]).await?;
+        }
+        Ok(removed?)
+    }
+
     /// A port that has gone since it was looked at needs no isolation.
     async fn isolate(&self, port: &str, isolated: bool) -> Result<(), HostError> {
         match self.links.index_of(port).await? {
@@ -114,4 +128,15 @@ impl Host {
     async fn index(&self, name: &str) -> Result<u32, HostError> {
         self.links.index_of(name).await?.ok_or_else(|| HostError::NoSuchInterface(name.to_owned()))
     }
+}
+
+/// Destroys the set. A rule that holds it may be stranded in the backend that is not the host's.
+async fn destroy_set() -> Result<(), HostError> {
+    if let Err(error) = ipset::destroy().await {
+        if !error.is_refusal() || super::clear_other_backend(Family::V4).await? == 0 {
+            return Err(error.into());
+        }
+        ipset::destroy().await?;
+    }
+    Ok(())
 }

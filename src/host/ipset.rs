@@ -56,6 +56,14 @@ pub enum SetError {
     },
 }
 
+impl SetError {
+    /// Whether the kernel or the tool said no, rather than nothing.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Command { source: CommandError::Failed { .. }, .. })
+    }
+}
+
 /// Reads the set. A host without `ipset`, or a kernel without sets, is a state and not an error. Where none is `wanted`
 /// and the kernel has none, `ipset` is not asked whether it could make one.
 ///
@@ -81,7 +89,11 @@ pub async fn read(wanted: bool) -> Result<SetState, SetError> {
 pub async fn fill(entries: &BTreeMap<Ipv4Net, Counters>, old: &SetState) -> Result<(), SetError> {
     destroy_leftover().await?;
     let restore = Command::new("ipset").arg("restore").stdin(fill_input(entries, old));
-    restore.run().await.map(drop).map_err(|source| SetError::Command { doing: "fill", source })
+    let filled = restore.run().await.map(drop).map_err(|source| SetError::Command { doing: "fill", source });
+    if filled.is_err() {
+        let _ = destroy_leftover().await;
+    }
+    filled
 }
 
 /// Destroys the set, which no rule may use any more.

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use futures_util::TryStreamExt;
 use ipnet::Ipv4Net;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoBridgePort, InfoKind, InfoPortData, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
@@ -50,6 +50,8 @@ pub struct Link {
     pub isolated: bool,
     /// IPv4 addresses, each with its prefix.
     pub addresses: Vec<Ipv4Net>,
+    /// Whether somebody gave it an IPv6 address beyond the link-local one.
+    pub has_ipv6: bool,
 }
 
 /// A netlink request that failed.
@@ -107,10 +109,14 @@ impl Links {
         let messages: Vec<LinkMessage> = get.execute().try_collect().await.map_err(failed("list the interfaces"))?;
         let mut links: Vec<Link> = messages.iter().map(read_link).collect();
 
-        let mut get = self.handle.address().get();
-        get.message_mut().header.family = AddressFamily::Inet;
+        let get = self.handle.address().get();
         let messages: Vec<_> = get.execute().try_collect().await.map_err(failed("list the addresses"))?;
         for message in messages {
+            if message.header.family == AddressFamily::Inet6 && message.header.scope != AddressScope::Link {
+                let link = links.iter_mut().find(|link| link.index == message.header.index);
+                link.into_iter().for_each(|link| link.has_ipv6 = true);
+                continue;
+            }
             let local = message.attributes.iter().find_map(|attribute| match attribute {
                 AddressAttribute::Local(IpAddr::V4(address)) => Some(*address),
                 _ => None,
@@ -137,8 +143,9 @@ impl Links {
         let best = routes
             .iter()
             .filter(|route| route.header.destination_prefix_length == 0)
-            .min_by_key(|route| priority(route))
-            .and_then(output_interface);
+            .filter_map(|route| Some((priority(route), output_interface(route)?)))
+            .min_by_key(|(priority, _)| *priority)
+            .map(|(_, interface)| interface);
         let Some(index) = best else { return Ok(None) };
         let links = self.read().await?;
         Ok(links.iter().find(|link| link.index == index).and_then(|link| link.name.parse().ok()))
@@ -370,9 +377,11 @@ fn destination(route: &RouteMessage) -> Option<Ipv4Net> {
     })
 }
 
+/// The interface that a route leads out of; the first of several.
 fn output_interface(route: &RouteMessage) -> Option<u32> {
     route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Oif(index) => Some(*index),
+        RouteAttribute::MultiPath(hops) => hops.first().map(|hop| hop.interface_index),
         _ => None,
     })
 }

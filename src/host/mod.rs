@@ -74,6 +74,8 @@ pub enum HostError {
 pub struct Host {
     /// Netlink.
     pub links: links::Links,
+    /// Whether it was opened for changing things.
+    changing: bool,
     /// Why iptables would not take a rule over a set, once it would not.
     set_refused: Mutex<Option<String>>,
     /// Whether somebody keeps changing the rules.
@@ -151,7 +153,7 @@ impl Host {
     /// # Errors
     /// [`HostError::Link`] when there is no netlink socket to be had.
     pub fn open() -> Result<Self, HostError> {
-        Ok(Self::with(links::Links::open(true)?))
+        Ok(Self::with(links::Links::open(true)?, true))
     }
 
     /// Opens the host for looking only.
@@ -159,12 +161,13 @@ impl Host {
     /// # Errors
     /// As for [`Host::open`].
     pub fn open_to_look() -> Result<Self, HostError> {
-        Ok(Self::with(links::Links::open(false)?))
+        Ok(Self::with(links::Links::open(false)?, false))
     }
 
-    fn with(links: links::Links) -> Self {
+    fn with(links: links::Links, changing: bool) -> Self {
         Self {
             links,
+            changing,
             set_refused: Mutex::default(),
             besieged: AtomicBool::default(),
             given_up: Mutex::default(),
@@ -246,7 +249,7 @@ impl Host {
             let (plan, observed) = self.plan(target).await?;
             let found = first.get_or_insert_with(|| plan.clone());
             if plan.is_empty() {
-                return Ok(self.converged(std::mem::take(found), observed));
+                return Ok(self.converged(std::mem::take(found), observed).await);
             }
             refused = match self.apply(&plan).await {
                 Ok(()) => None,
@@ -254,12 +257,17 @@ impl Host {
                     self.learn_about_sets(&plan, &error);
                     Some(error)
                 }
+                // Plain rules do what the set would have done.
+                Err(HostError::Set(error)) if error.is_refusal() && self.set_refused().is_none() => {
+                    self.refuse_sets(chain(&error));
+                    None
+                }
                 Err(error) => return Err(error),
             };
         }
         let (plan, after) = self.plan(target).await?;
         match (first, refused) {
-            (Some(found), _) if plan.is_empty() => Ok(self.converged(found, after)),
+            (Some(found), _) if plan.is_empty() => Ok(self.converged(found, after).await),
             (_, Some(error)) => Err(error.into()),
             (_, None) => Err(HostError::NotConverged(summary(&plan.findings))),
         }
@@ -281,7 +289,11 @@ impl Host {
         }
     }
 
-    fn converged(&self, found: Plan, after: Observed) -> Outcome {
+    async fn converged(&self, found: Plan, after: Observed) -> Outcome {
+        // A set that no rule was to be had over is of no use.
+        if self.set_refused().is_some() && matches!(ipset::digest(ipset::SET), Ok(Some(_))) {
+            let _ = ipset::destroy().await;
+        }
         if let Ok(mut dropped) = self.dropped.lock() {
             *dropped = Forwarded::standing(&after);
         }
@@ -363,6 +375,20 @@ impl Host {
         self.set_refused.lock().ok().and_then(|refused| refused.clone())
     }
 
+    /// The same as far as it shows on the host: whoever only looks has tried nothing, and finds plain rules that stand in
+    /// for a set. Whoever changes the host tries again.
+    fn set_was_refused(&self, config: &NodeConfig, v4: &firewall::Ruleset) -> Option<String> {
+        let stand_in = || {
+            let forward = v4.chain("filter", "FORWARD");
+            config.drop_targets().into_iter().all(|target| {
+                let rule = desired::drop_rule(target);
+                forward.iter().any(|saved| saved.rule == rule)
+            })
+        };
+        let shows = !self.changing && desired::needs_set(config) && stand_in();
+        shows.then(|| "whoever made the rules could not have one".to_owned())
+    }
+
     /// The isolation keys that a CNI configuration had which is gone or no longer readable: it does not lose them.
     fn lost_isolation(&self, conflist: Option<&[u8]>) -> cni::Isolation {
         let Ok(mut last) = self.isolation.lock() else { return cni::Isolation::default() };
@@ -386,25 +412,33 @@ impl Host {
             .any(|step| matches!(step, Step::Firewall { transaction, .. } if transaction.adds_use_of_set(ipset::SET)));
         let reason = chain(error);
         let about_sets = ["`set'", "xt_set", "ipset"].iter().any(|word| reason.contains(word));
-        if uses_set
-            && about_sets
-            && let Ok(mut refused) = self.set_refused.lock()
-        {
+        if uses_set && about_sets {
+            self.refuse_sets(reason);
+        }
+    }
+
+    fn refuse_sets(&self, reason: String) {
+        if let Ok(mut refused) = self.set_refused.lock() {
             *refused = Some(reason);
         }
     }
 }
 
 /// Removes rules of ours that stand in the backend which plain `iptables` cannot see, and enforces them all the same.
-async fn clear_other_backend(family: Family) -> Result<(), FirewallError> {
+/// Returns how many there were.
+///
+/// # Errors
+/// [`FirewallError`] when they cannot be read or removed.
+pub async fn clear_other_backend(family: Family) -> Result<usize, FirewallError> {
     let (backend, stranded) = stranded_rules(family).await?;
-    firewall::write(family, backend, &stranded).await
+    firewall::write(family, backend, &stranded).await?;
+    Ok(stranded.changes.len())
 }
 
 /// The other backend, and what would clear it of our rules.
 async fn stranded_rules(family: Family) -> Result<(Backend, firewall::Transaction), FirewallError> {
     match firewall::other_backend().await? {
-        Some(backend) => Ok((backend, firewall::diff(&[], &firewall::read(family, backend).await?))),
+        Some(backend) => Ok((backend, firewall::diff(&[], &firewall::read_other(family, backend).await?))),
         None => Ok((Backend::Host, firewall::Transaction::default())),
     }
 }

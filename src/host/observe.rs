@@ -88,7 +88,12 @@ impl Observed {
                     host.read_rules(Family::V6),
                     ipset::read(needs_set(config))
                 );
-                (v4?, v6?, host.set_refused().map_or(set?, SetState::Unavailable))
+                let v4 = v4?;
+                let set = match host.set_refused().or_else(|| host.set_was_refused(config, &v4)) {
+                    Some(reason) => SetState::Unavailable(reason),
+                    None => set?,
+                };
+                (v4, v6?, set)
             }
             Rules::Leave => (Ruleset::default(), Ruleset::default(), SetState::Absent),
         };

@@ -260,12 +260,13 @@ impl Plan {
         if let (Some(mac), Some(false)) = (link.mac.filter(|mac| *mac != ours), link.mac_pinned) {
             self.step(Drift::Bridge, format!("the address of {BRIDGE} is not pinned"), Step::PinMac(mac));
         }
-        for old in desired.retired_addresses.iter().filter(|old| link.addresses.contains(old)) {
-            self.step(Drift::Bridge, format!("{BRIDGE} still has {old}"), Step::RemoveAddress(*old));
-        }
+        // The new one first: with the last address the kernel removes every route through the bridge.
         if !link.addresses.contains(&wanted.address) {
             let text = format!("{BRIDGE} does not have its address {}", wanted.address);
             self.step(Drift::Bridge, text, Step::AddAddress(wanted.address));
+        }
+        for old in desired.retired_addresses.iter().filter(|old| link.addresses.contains(old)) {
+            self.step(Drift::Bridge, format!("{BRIDGE} still has {old}"), Step::RemoveAddress(*old));
         }
         if let Some(mtu) = wanted.mtu.filter(|mtu| *mtu != link.mtu) {
             let text = format!("the MTU of {BRIDGE} is {} and not {mtu}", link.mtu);
@@ -358,7 +359,7 @@ impl Plan {
             return;
         };
         let foreign: Vec<_> = link.addresses.iter().filter(|net| !desired.retired_addresses.contains(net)).collect();
-        if observed.ports().next().is_none() && foreign.is_empty() {
+        if observed.ports().next().is_none() && foreign.is_empty() && !link.has_ipv6 {
             self.step(Drift::Bridge, format!("{BRIDGE} is left"), Step::DeleteBridge);
         } else {
             // Somebody else's ports or addresses are on it: it stays, without what is ours.

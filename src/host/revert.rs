@@ -19,8 +19,16 @@ impl Host {
     /// # Errors
     /// All that failed.
     pub async fn revert(&self, target: Target<'_>, before: &Observed) -> Result<(), Vec<HostError>> {
-        let now = Observed::read(self, target, Scope::Node).await.map_err(|error| vec![error])?;
-        self.apply_all(&plan(target, before, &now)).await
+        let (target, mut failures) = match Observed::read(self, target, Scope::Node).await {
+            Ok(now) => return self.apply_all(&plan(target, before, &now)).await,
+            // Rules that cannot be read any more are no reason to leave the rest.
+            Err(error) => (Target { rules: Rules::Leave, ..target }, vec![error]),
+        };
+        match Observed::read(self, target, Scope::Node).await {
+            Ok(now) => failures.extend(self.apply_all(&plan(target, before, &now)).await.err().unwrap_or_default()),
+            Err(error) => failures.push(error),
+        }
+        Err(failures)
     }
 }
 
@@ -100,8 +108,8 @@ fn chains(ruleset: &Ruleset) -> Vec<ChainRules> {
 fn bridge_steps(old: &Link, new: &Link) -> Vec<Step> {
     let added = new.addresses.iter().filter(|address| !old.addresses.contains(address));
     let removed = old.addresses.iter().filter(|address| !new.addresses.contains(address));
-    let mut steps: Vec<Step> = added.copied().map(Step::RemoveAddress).collect();
-    steps.extend(removed.copied().map(Step::AddAddress));
+    let mut steps: Vec<Step> = removed.copied().map(Step::AddAddress).collect();
+    steps.extend(added.copied().map(Step::RemoveAddress));
     if old.mtu != new.mtu {
         steps.push(Step::SetMtu { from: new.mtu, to: old.mtu });
     }

@@ -208,6 +208,32 @@ pub async fn other_backend() -> Result<Option<Backend>, FirewallError> {
     Ok(command::find(&Family::V4.tool(other, "-save")).map(|_| other))
 }
 
+/// Reads the rules of a family in the backend that is not the host's. Where the kernel has no tables there, or cannot
+/// have any, no tool is asked.
+///
+/// # Errors
+/// As for [`read`].
+pub async fn read_other(family: Family, backend: Backend) -> Result<Ruleset, FirewallError> {
+    let any = match backend {
+        Backend::Legacy => has_legacy_tables(family),
+        _ => tables::any(family).map_err(FirewallError::Tables)?,
+    };
+    if any { read(family, backend).await } else { Ok(Ruleset::default()) }
+}
+
+/// Whether x_tables holds any table of a family; a table is made by the first that looks at it.
+fn has_legacy_tables(family: Family) -> bool {
+    let names = match family {
+        Family::V4 => "/proc/net/ip_tables_names",
+        Family::V6 => "/proc/net/ip6_tables_names",
+    };
+    match std::fs::read_to_string(names) {
+        Ok(names) => !names.trim().is_empty(),
+        // Only root may read it; the tool then says why it cannot.
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
+}
+
 /// Removes the tables that iptables-nft made for our rules, where nothing is left in them. Whether that is so is asked
 /// of `nft`: iptables shows a table as empty that holds sets, maps or native chains of somebody else's.
 ///

@@ -37,6 +37,14 @@ pub(super) fn dormant(family: Family) -> io::Result<BTreeSet<String>> {
     Ok(list(family)?.into_iter().filter(dormant).map(|table| table.name).collect())
 }
 
+/// Whether a family has any table in nftables.
+///
+/// # Errors
+/// What the kernel answered.
+pub(super) fn any(family: Family) -> io::Result<bool> {
+    Ok(!list(family)?.is_empty())
+}
+
 /// Puts the chains of a table on their hooks, or takes them off. A table that is not there is left so.
 ///
 /// # Errors
