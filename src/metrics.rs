@@ -7,7 +7,7 @@ mod http;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -16,8 +16,12 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use tokio::sync::{mpsc, oneshot};
 
 pub use http::{Endpoint, Health, ListenAddr, MetricsError, serve};
+
+/// How long a scrape waits for what is brought up to date for it.
+const SCRAPE_WAIT: Duration = Duration::from_millis(500);
 
 /// Upper bounds in seconds of the reconcile histogram: a pass that finds nothing takes milliseconds, one that has to
 /// wait for the iptables lock takes seconds.
@@ -63,6 +67,7 @@ pub struct Metrics {
     drop_packets: Family<CidrLabel, Counter>,
     drop_packets_seen: Mutex<HashMap<String, u64>>,
     reconcile_seconds: Histogram,
+    scrapes: OnceLock<mpsc::Sender<oneshot::Sender<()>>>,
 }
 
 impl Default for Metrics {
@@ -88,6 +93,7 @@ impl Metrics {
             drop_packets: Family::default(),
             drop_packets_seen: Mutex::default(),
             reconcile_seconds: Histogram::new(RECONCILE_BUCKETS),
+            scrapes: OnceLock::new(),
         };
         metrics.register();
         metrics
@@ -178,6 +184,26 @@ impl Metrics {
         let last = seen.insert(cidr.to_owned(), reading).unwrap_or(0);
         let grown = if reading >= last { reading - last } else { reading };
         self.drop_packets.get_or_create(&CidrLabel { cidr: cidr.to_owned() }).inc_by(grown);
+    }
+
+    /// Where scrapes announce themselves from now on, for whoever brings up to date what is only read now and then. Each
+    /// waits, but not for long, to be told that this is done.
+    pub fn scrapes(&self) -> mpsc::Receiver<oneshot::Sender<()>> {
+        let (sender, receiver) = mpsc::channel(1);
+        // Whoever asked first stays the one.
+        let _ = self.scrapes.set(sender);
+        receiver
+    }
+
+    async fn announce_scrape(&self) {
+        let Some(scrapes) = self.scrapes.get() else { return };
+        let (done, told) = oneshot::channel();
+        let wait = async {
+            if scrapes.send(done).await.is_ok() {
+                let _ = told.await;
+            }
+        };
+        let _ = tokio::time::timeout(SCRAPE_WAIT, wait).await;
     }
 
     /// The exposition in the Prometheus text format 0.0.4.

@@ -37,6 +37,9 @@ const PASS_LIMIT: Duration = Duration::from_secs(180);
 /// How long a pass may take before isolation counts as unverified. One that waits for a lock is done by then.
 const VERDICT_LIMIT: Duration = Duration::from_secs(5);
 
+/// Time between two counts of the drops for those who scrape the metrics.
+const COUNT_PAUSE: Duration = Duration::from_secs(1);
+
 /// Why a pass did not leave the node verified.
 #[derive(Debug, thiserror::Error)]
 pub enum PassError {
@@ -134,6 +137,8 @@ pub struct Reconciler {
     troubles: LogLimit,
     /// Whether the bridge had to be mended in the last pass.
     bridge_mended: bool,
+    /// When the drops were last counted for a scrape.
+    counted: Instant,
     /// Whether the backend that is not the host's has been looked at.
     looked_elsewhere: bool,
     /// Indices of the interfaces that were isolated ports once.
@@ -161,6 +166,7 @@ impl Reconciler {
             repairs: LogLimit::default(),
             troubles: LogLimit::default(),
             bridge_mended: false,
+            counted: Instant::now(),
             looked_elsewhere: false,
             isolated_ports: HashSet::new(),
         }
@@ -370,6 +376,24 @@ impl Reconciler {
         } else if let Some(held_back) = self.repairs.allow(&kinds.join(", ")) {
             tracing::warn!(found = %what, by, held_back, "something keeps undoing the host configuration; it is repaired each time");
         }
+    }
+
+    /// Brings the counters of the drop targets up to date, once a second at most.
+    pub async fn count_drops(&mut self) {
+        let config = &self.pool.config;
+        if self.options.rules == Rules::Leave
+            || config.drop_targets().is_empty()
+            || self.counted.elapsed() < COUNT_PAUSE
+        {
+            return;
+        }
+        // What cannot be read now is read by the next pass.
+        if let Ok(Ok(counted)) = timeout(COUNT_PAUSE, self.host.count_drops(config)).await {
+            for (cidr, packets) in counted {
+                self.listeners.metrics.drop_packets_read(&cidr.to_string(), packets);
+            }
+        }
+        self.counted = Instant::now();
     }
 
     fn note_drops(&self, outcome: &Outcome) {

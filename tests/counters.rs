@@ -151,3 +151,17 @@ fn nothing_gets_through_while_targets_come_and_go_on_nft() {
 fn nothing_gets_through_while_targets_come_and_go_on_legacy() {
     nothing_gets_through_while_targets_change(Backend::Legacy);
 }
+
+#[test]
+fn a_scrape_sees_what_was_dropped_a_moment_ago() {
+    let node = Node::new();
+    node.adopt(flags(2)).succeeded();
+    let vm = node.vm("a");
+    assert!(vm.reaches(INTERNET));
+    let _daemon = node.daemon("--reconcile-interval 1h");
+    std::thread::sleep(Duration::from_secs(6));
+    for round in 1..=3 {
+        knock(&vm, 4);
+        assert!(eventually(PROMISE, || dropped(&node, "10.0.0.0/8") == round * 4), "{}", dropped(&node, "10.0.0.0/8"));
+    }
+}

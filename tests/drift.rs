@@ -516,3 +516,16 @@ fn a_drop_that_was_narrowed_natively_is_put_back() {
         assert!(listed.lines().all(|rule| !rule.contains("drop") || !rule.contains('{')), "{condition}: {listed}");
     }
 }
+
+#[test]
+fn a_port_of_the_metrics_that_is_taken_keeps_nothing_else_from_working() {
+    let node = Node::new();
+    node.adopt(DROPS).succeeded();
+    let taken = node.enter(|| std::net::TcpListener::bind("0.0.0.0:9092").expect("the port is free"));
+    let mut daemon = node.daemon("");
+    assert!(daemon.stderr().contains("there are no metrics until"), "{}", daemon.stderr());
+    node.ok("iptables -F FORWARD");
+    assert!(support::eventually(PROMISE, || node.ok("iptables -S FORWARD").contains("cocoon-net-drop")));
+    drop(taken);
+    assert!(daemon.wait_until(Duration::from_secs(15), |daemon| daemon.stderr().contains("serving metrics")));
+}

@@ -7,7 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch::channel;
+use tokio::sync::watch::{Receiver, channel};
+use tokio::task::JoinHandle;
 
 use crate::cli::DaemonArgs;
 use crate::config::BRIDGE;
@@ -18,6 +19,7 @@ use crate::host::backstop::Backstop;
 use crate::host::desired::{self, Rules};
 use crate::host::firewall::Backend;
 use crate::host::{Host, ipset};
+use crate::log::chain;
 use crate::metrics::{self, Health, Metrics};
 use crate::pool::{self, Pool};
 use crate::reconcile::{Listeners, Options, Reconciler};
@@ -28,6 +30,9 @@ use super::privileges;
 
 /// How long a daemon that is started during a `teardown` or `init` waits for its end.
 const STATE_WAIT: Duration = Duration::from_secs(300);
+
+/// Time between two tries to listen for scrapes of the metrics.
+const METRICS_RETRY: Duration = Duration::from_secs(10);
 
 /// Long enough for somebody who only looks whether the PID file is locked.
 const PID_FILE_WAIT: Duration = Duration::from_millis(200);
@@ -66,7 +71,8 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
         started = configure(&mut node, &args) => started?,
         () = stop.received() => return Ok(()),
     };
-    let _endpoint = metrics::serve(&args.metrics_addr, Arc::clone(&metrics), health_seen.clone()).await?;
+    let mut scrapes = metrics.scrapes();
+    let _endpoint = serve_metrics(&args, &metrics, &health_seen).await;
     let mut server = dhcp::Server::start(preparation, dhcp_config(&node, &args), grants_seen, metrics)
         .await
         .context("cannot serve DHCP")?;
@@ -79,6 +85,11 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
         tokio::select! {
             () = stop.received() => break,
             error = server.died() => return Err(error).context("the DHCP server ended"),
+            Some(scrape) = scrapes.recv() => {
+                node.count_drops().await;
+                // Whoever scrapes may have gone away.
+                let _ = scrape.send(());
+            }
             _ = hangup.recv() => {
                 tracing::info!("SIGHUP: reading pool.json again");
                 watch.request();
@@ -109,6 +120,23 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
     tracing::info!("stopping: leases are saved, rules stay");
     notify(&[NotifyState::Stopping]);
     server.stop().await.context("cannot save the leases")
+}
+
+/// Serves the metrics, now or as soon as their port is free: isolation and leases do not wait for it.
+async fn serve_metrics(args: &DaemonArgs, metrics: &Arc<Metrics>, health: &Receiver<Health>) -> JoinHandle<()> {
+    let (addr, metrics, health) = (args.metrics_addr.clone(), Arc::clone(metrics), health.clone());
+    let first = metrics::serve(&addr, Arc::clone(&metrics), health.clone()).await;
+    tokio::spawn(async move {
+        let mut served = first;
+        loop {
+            match served {
+                Ok(_endpoint) => return std::future::pending().await,
+                Err(error) => tracing::error!(error = %chain(&error), "there are no metrics until this is mended"),
+            }
+            tokio::time::sleep(METRICS_RETRY).await;
+            served = metrics::serve(&addr, Arc::clone(&metrics), health.clone()).await;
+        }
+    })
 }
 
 /// Reads the state once nobody is changing it: after a `teardown` there is none, and nothing to do.

@@ -40,6 +40,20 @@ pub fn read(config: &NodeConfig, observed: &Observed, plan: &Plan) -> Vec<DropTa
     targets.map(read).collect()
 }
 
+/// How many packets each drop target has dropped whose rule or entry stands. One that was just lost is put back with its
+/// count, and must not be seen at zero in between.
+#[must_use]
+pub fn counted(config: &NodeConfig, observed: &Observed) -> Vec<(Ipv4Net, u64)> {
+    let standing = Forwarded::standing(observed);
+    let stands = |cidr: &Ipv4Net| ipset::entries(&[*cidr].into()).iter().any(|entry| standing.0.contains_key(entry));
+    let count = |cidr: Ipv4Net| {
+        let mut counters = standing.target(cidr);
+        counters += dropped_by_input(cidr, observed);
+        (cidr, counters.packets)
+    };
+    config.drop_targets().into_iter().filter(stands).map(count).collect()
+}
+
 /// Whether the node itself is closed to the VMs, where that is asked for.
 #[must_use]
 pub fn host_is_closed(plan: &Plan) -> bool {

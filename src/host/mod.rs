@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use desired::{Desired, Rules};
 use drops::Forwarded;
 use firewall::{Backend, Family, FirewallError};
+use ipnet::Ipv4Net;
 use observe::{Observed, Scope};
 use plan::{Finding, Plan};
 use step::Step;
@@ -216,6 +217,15 @@ impl Host {
     /// [`HostError`] when the host cannot be read.
     pub async fn observe(&self, target: Target<'_>) -> Result<Observed, HostError> {
         Observed::read(self, target, Scope::Node).await
+    }
+
+    /// How many packets each drop target has dropped.
+    ///
+    /// # Errors
+    /// [`HostError`] when the rules cannot be read.
+    pub async fn count_drops(&self, config: &NodeConfig) -> Result<Vec<(Ipv4Net, u64)>, HostError> {
+        let (v4, set) = tokio::join!(self.read_rules(Family::V4), ipset::read(desired::needs_set(config)));
+        Ok(drops::counted(config, &Observed { v4: v4?, set: set?, ..Observed::default() }))
     }
 
     /// Makes sure that bridged frames pass through iptables, where the configuration depends on it. Nothing else of

@@ -179,8 +179,8 @@ async fn accept(listener: TcpListener, metrics: Arc<Metrics>, health: watch::Rec
         let (metrics, health) = (Arc::clone(&metrics), health.clone());
         tokio::spawn(async move {
             let service = hyper::service::service_fn(|request: Request<Incoming>| {
-                let response = answer(request.method(), request.uri().path(), &metrics, &health);
-                async move { Ok::<_, Infallible>(response) }
+                let (metrics, health) = (&metrics, &health);
+                async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), metrics, health).await) }
             });
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -195,7 +195,12 @@ async fn accept(listener: TcpListener, metrics: Arc<Metrics>, health: watch::Rec
     }
 }
 
-fn answer(method: &Method, path: &str, metrics: &Metrics, health: &watch::Receiver<Health>) -> Response<Full<Bytes>> {
+async fn answer(
+    method: &Method,
+    path: &str,
+    metrics: &Metrics,
+    health: &watch::Receiver<Health>,
+) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
         let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered here\n".to_owned());
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -203,6 +208,7 @@ fn answer(method: &Method, path: &str, metrics: &Metrics, health: &watch::Receiv
     }
     match path {
         "/metrics" => {
+            metrics.announce_scrape().await;
             let mut exposition = text(StatusCode::OK, metrics.render());
             exposition.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(EXPOSITION));
             exposition
