@@ -159,6 +159,30 @@ fn a_missing_drop_is_seen_on_the_uplink() {
 }
 
 #[test]
+fn a_target_on_a_link_of_the_node_is_seen_to_be_open() {
+    let onlink =
+        |rules: &[&str]| probe(rules, Request { targets: vec!["10.9.0.128/25".parse().unwrap()], ..request() });
+    assert_eq!(broken(&onlink(&[])), ["UDP out of the node"]);
+    let dropped = onlink(&["iptables -I FORWARD -i cni0 -d 10.9.0.128/25 -j DROP"]);
+    assert_eq!(dropped.verdict, Verdict::Holds, "{}", dropped.to_table());
+}
+
+#[test]
+fn what_the_node_answers_its_guest_has_not_left_it() {
+    for unreachable in ["ip route del default", "ip route replace unreachable default"] {
+        let report = probe(&[DROP_TARGETS, unreachable], with_targets());
+        assert!(broken(&report).is_empty() && report.verdict == Verdict::Unproven, "{}", report.to_table());
+    }
+}
+
+#[test]
+fn a_node_that_forwards_nothing_to_documentation_ranges_is_still_proved() {
+    let bogons = "ip route add blackhole 192.0.2.0/24; ip route add blackhole 198.51.100.0/24";
+    let report = probe(&[DROP_TARGETS, bogons], with_targets());
+    assert_eq!(report.verdict, Verdict::Holds, "{}", report.to_table());
+}
+
+#[test]
 fn without_forwarding_silence_proves_nothing() {
     let report = probe(&[DROP_TARGETS, "sysctl -qw net.ipv4.ip_forward=0"], with_targets());
     assert_eq!(report.verdict, Verdict::Unproven);

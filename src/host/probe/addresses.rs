@@ -20,6 +20,9 @@ const BATCH: usize = 16;
 const ASKS: usize = 3;
 const ANSWER: Duration = Duration::from_millis(200);
 
+/// How many addresses the control is sent to: a node may have a route to nowhere for those that are nobody's.
+const CONTROLS: usize = 6;
+
 /// How many addresses of a range are looked at for one that fits.
 const TRIES: usize = 4096;
 
@@ -75,10 +78,11 @@ pub(super) fn inside(target: Ipv4Net, subnet: Ipv4Net, own: &BTreeSet<Ipv4Addr>)
     nowhere.chain(target.hosts().take(TRIES)).chain(far).find(fits)
 }
 
-/// An address that no target covers, for the control that shows that the node forwards at all.
-pub(super) fn outside(targets: &[Ipv4Net], subnet: Ipv4Net, own: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
+/// A few addresses that no target covers, for the control that shows that the node forwards at all.
+pub(super) fn outside(targets: &[Ipv4Net], subnet: Ipv4Net, own: &BTreeSet<Ipv4Addr>) -> Vec<Ipv4Addr> {
     let free = |address: &Ipv4Addr| !targets.iter().any(|target| target.contains(address));
-    NOWHERE.into_iter().chain(spread()).filter(free).find(|address| !subnet.contains(address) && !own.contains(address))
+    let others = |address: &Ipv4Addr| !subnet.contains(address) && !own.contains(address);
+    NOWHERE.into_iter().chain(spread()).filter(free).filter(others).take(CONTROLS).collect()
 }
 
 /// One unicast address in each `/8`, for targets whose first hosts are none that can be sent to (0.0.0.0/1).
@@ -138,8 +142,9 @@ mod tests {
     fn the_forwarding_control_avoids_every_target() {
         let subnet = net("172.20.100.0/24");
         let targets = [net("192.0.2.0/24"), net("198.51.100.0/24"), net("203.0.0.0/8")];
-        let sample = outside(&targets, subnet, &BTreeSet::new()).unwrap();
-        assert!(targets.iter().all(|target| !target.contains(&sample)));
-        assert_eq!(outside(&[net("0.0.0.0/0")], subnet, &BTreeSet::new()), None);
+        let samples = outside(&targets, subnet, &BTreeSet::new());
+        assert_eq!(samples.len(), CONTROLS);
+        assert!(samples.iter().all(|sample| targets.iter().all(|target| !target.contains(sample))));
+        assert!(outside(&[net("0.0.0.0/0")], subnet, &BTreeSet::new()).is_empty());
     }
 }

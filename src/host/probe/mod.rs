@@ -20,6 +20,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
+use futures_util::TryStreamExt;
 use ipnet::Ipv4Net;
 use rtnetlink::Handle;
 
@@ -84,6 +85,9 @@ pub enum ProbeError {
     /// A raw socket failed.
     #[error("cannot send or receive raw frames; the probe needs CAP_NET_RAW")]
     Tap(#[source] io::Error),
+    /// The neighbours could not be listed.
+    #[error("cannot list the node's neighbours")]
+    Neighbours(#[source] rtnetlink::Error),
     /// A netlink request failed.
     #[error("cannot set up the probe's links")]
     Link(#[from] LinkError),
@@ -191,14 +195,23 @@ async fn prove(request: &Request, links: &Links, handle: &Handle) -> Result<Repo
 
     let wire = Tap::everywhere([guests[0].port_index, guests[1].port_index], nonce).map_err(ProbeError::Tap)?;
     let trials = Trials::for_request(request, &guests, gateway, &own_addresses(&around), nonce, &mut notes);
+    let known = neighbours(handle).await?;
     let mut ears = Ears::new(nonce, &guests, &wire);
     let alive = ears.wait_for_pings(&trials).await?;
     ears.run(&trials.all).await?;
     let alive_still = ears.wait_for_pings(&trials).await?;
     forget(handle, bridge.index, &guests).await;
+    // A datagram to an address on a link of the node's own waits for ARP, in vain: that the node asks shows that it would
+    // have gone out.
+    for (interface, address) in neighbours(handle).await?.difference(&known) {
+        for trial in trials.all.iter().filter(|trial| trial.outside == Some(*address)) {
+            ears.sightings.went_out.entry(trial.id).or_default().insert(*interface);
+        }
+    }
 
     let vms: Vec<&Link> = around.iter().filter(|link| link.master == Some(bridge.index)).collect();
-    rows.extend(trials.judge(request, &ears.sightings, bridge, &vms, alive && alive_still));
+    let ports = [guests[0].port_index, guests[1].port_index];
+    rows.extend(trials.judge(request, &ears.sightings, bridge, &vms, ports, alive && alive_still));
     Ok(Report::of(rows, notes))
 }
 
@@ -243,6 +256,21 @@ async fn isolate(by: IsolatedBy, links: &Links, notes: &mut Vec<String>) -> Resu
 async fn isolated_ports(links: &Links) -> Result<usize, ProbeError> {
     let all = links.read().await?;
     Ok(all.iter().filter(|link| PORTS.contains(&link.name.as_str()) && link.isolated).count())
+}
+
+/// The addresses that the node has looked for by ARP, found or not, and behind which interface.
+async fn neighbours(handle: &Handle) -> Result<BTreeSet<(u32, Ipv4Addr)>, ProbeError> {
+    use rtnetlink::packet_route::AddressFamily;
+    use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
+    let get = handle.neighbours().get().set_address_family(AddressFamily::Inet);
+    let entries: Vec<NeighbourMessage> = get.execute().try_collect().await.map_err(ProbeError::Neighbours)?;
+    let address = |entry: &NeighbourMessage| {
+        entry.attributes.iter().find_map(|attribute| match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => Some((entry.header.ifindex, *ip)),
+            _ => None,
+        })
+    };
+    Ok(entries.iter().filter_map(address).collect())
 }
 
 /// Makes the kernel forget the guests' addresses, so that DHCP does not hold them back.

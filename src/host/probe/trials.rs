@@ -21,6 +21,8 @@ pub(super) struct Trial {
     pub from: usize,
     /// What its destination is called in the report.
     to: String,
+    /// The address outside that it is for.
+    pub outside: Option<Ipv4Addr>,
     at: At,
     expected: Expected,
     pub frame: Vec<u8>,
@@ -65,9 +67,9 @@ impl Trials {
             all.extend(maker.between(0, 1, request.subnet));
             all.extend(maker.between(1, 0, request.subnet));
         }
-        let forwarded = maker.targets(request, own, notes);
-        let forwards = forwarded.first().is_some_and(|trial| trial.expected == Expected::Arrives);
-        all.extend(forwarded);
+        let controls = maker.controls(request, own, notes);
+        let forwards = !controls.is_empty();
+        all.extend(maker.targets(request, own, notes));
         if request.host {
             // A few addresses tell as much as all of a node with hundreds.
             let others = own.iter().copied().filter(|address| *address != request.gateway && !address.is_loopback());
@@ -75,27 +77,32 @@ impl Trials {
                 all.extend(maker.host(address));
             }
         }
+        all.extend(controls);
         Self { pings, all, forwards }
     }
 
-    /// The rows of the report. `alive`: the gateway answered both guests, before and after.
+    /// The rows of the report. `ports`: those of the guests. `alive`: the gateway answered both, before and after.
     pub(super) fn judge(
         &self,
         request: &Request,
         seen: &Sightings,
         bridge: &Link,
         vms: &[&Link],
+        ports: [u32; 2],
         alive: bool,
     ) -> Vec<Row> {
-        let inner: BTreeSet<u32> = vms.iter().map(|port| port.index).chain([bridge.index]).collect();
+        // What the node answers a guest goes out at its port.
+        let inner: BTreeSet<u32> = vms.iter().map(|port| port.index).chain(ports).chain([bridge.index]).collect();
         let arrived = |trial: &Trial| match trial.at {
             At::Other => seen.guests[1 - trial.from].contains(&trial.id),
             At::Back => seen.guests[trial.from].contains(&trial.id),
             At::Outside => seen.went_out.get(&trial.id).is_some_and(|out| out.iter().any(|link| !inner.contains(link))),
         };
         let sent = |trial: &Trial| seen.came_in.contains_key(&trial.id) || is_syn(trial);
-        let forwards = !self.forwards
-            || self.all.iter().any(|t| t.at == At::Outside && t.expected == Expected::Arrives && arrived(t));
+        let controls = || self.all.iter().filter(|trial| trial.is_control());
+        let forwards = !self.forwards || controls().any(arrived);
+        // One of them is enough: a node may know better than to forward to some.
+        let control = controls().find(|trial| arrived(trial)).or(controls().next());
 
         let name = |guest: usize| super::PORTS[guest].to_owned();
         let mut rows: Vec<Row> = self
@@ -105,7 +112,7 @@ impl Trials {
                 Row::judge(ping.what, name(ping.from), &ping.to, Expected::Arrives, alive && arrived(ping), true)
             })
             .collect();
-        rows.extend(self.all.iter().map(|trial| {
+        rows.extend(control.into_iter().chain(self.all.iter().filter(|trial| !trial.is_control())).map(|trial| {
             let proven = alive && sent(trial) && (trial.at != At::Outside || forwards);
             Row::judge(trial.what, name(trial.from), &trial.to, trial.expected, arrived(trial), proven)
         }));
@@ -128,6 +135,13 @@ impl Trials {
             reached,
             alive,
         )
+    }
+}
+
+impl Trial {
+    /// Whether it shows that the node forwards at all.
+    fn is_control(&self) -> bool {
+        self.at == At::Outside && self.expected == Expected::Arrives
     }
 }
 
@@ -154,7 +168,16 @@ impl Maker<'_> {
         let marker = self.mark();
         let frame = frames::ping(self.guests[from].end, self.gateway, address, marker);
         let to = format!("gateway {address}");
-        Trial { id: marker.trial, what: "ping", from, to, at: At::Back, expected: Expected::Arrives, frame }
+        Trial {
+            id: marker.trial,
+            what: "ping",
+            from,
+            to,
+            outside: None,
+            at: At::Back,
+            expected: Expected::Arrives,
+            frame,
+        }
     }
 
     fn between(&mut self, from: usize, to: usize, subnet: Ipv4Net) -> Vec<Trial> {
@@ -163,19 +186,27 @@ impl Maker<'_> {
         let trial = |(kind, what)| {
             let marker = self.mark();
             let (to, frame) = (super::PORTS[to].to_owned(), pair.frame(kind, marker));
-            Trial { id: marker.trial, what, from, to, at: At::Other, expected: Expected::Blocked, frame }
+            Trial { id: marker.trial, what, from, to, outside: None, at: At::Other, expected: Expected::Blocked, frame }
         };
         Kind::ALL.into_iter().map(trial).collect()
     }
 
-    /// A datagram at each drop target, after one at an address that none covers.
+    /// Datagrams at addresses that no target covers.
+    fn controls(&mut self, request: &Request, own: &BTreeSet<Ipv4Addr>, notes: &mut Vec<String>) -> Vec<Trial> {
+        if request.targets.is_empty() {
+            return Vec::new();
+        }
+        let addresses = outside(&request.targets, request.subnet, own);
+        if addresses.is_empty() {
+            notes.push("every address is dropped, so that forwarding at all could not be shown".to_owned());
+        }
+        let control = |address| self.outwards(address, format!("{address}, not dropped"), Expected::Arrives);
+        addresses.into_iter().map(control).collect()
+    }
+
+    /// A datagram at each drop target.
     fn targets(&mut self, request: &Request, own: &BTreeSet<Ipv4Addr>, notes: &mut Vec<String>) -> Vec<Trial> {
         let mut trials = Vec::new();
-        match outside(&request.targets, request.subnet, own) {
-            _ if request.targets.is_empty() => return trials,
-            Some(address) => trials.push(self.outwards(address, format!("{address}, not dropped"), Expected::Arrives)),
-            None => notes.push("every address is dropped, so that forwarding at all could not be shown".to_owned()),
-        }
         for target in &request.targets {
             match inside(*target, request.subnet, own) {
                 Some(address) => {
@@ -190,7 +221,8 @@ impl Maker<'_> {
     fn outwards(&mut self, address: Ipv4Addr, to: String, expected: Expected) -> Trial {
         let marker = self.mark();
         let frame = frames::to_outside(self.guests[0].end, self.gateway, address, marker);
-        Trial { id: marker.trial, what: "UDP out of the node", from: 0, to, at: At::Outside, expected, frame }
+        let (what, outside) = ("UDP out of the node", Some(address));
+        Trial { id: marker.trial, what, from: 0, to, outside, at: At::Outside, expected, frame }
     }
 
     fn host(&mut self, address: Ipv4Addr) -> [Trial; 2] {
@@ -198,7 +230,7 @@ impl Maker<'_> {
         let (tcp, udp) = (self.mark(), self.mark());
         let trial = |what, id, frame| {
             let to = format!("node {address}");
-            Trial { id, what, from: 0, to, at: At::Back, expected: Expected::Blocked, frame }
+            Trial { id, what, from: 0, to, outside: None, at: At::Back, expected: Expected::Blocked, frame }
         };
         [
             trial("TCP connection", tcp.trial, frames::syn(end, gateway, address, DISCARD, tcp)),
