@@ -42,6 +42,11 @@ pub enum ConfigError {
     /// A subnet with no room for a gateway and a VM.
     #[error("`{0}` cannot be the VMs' subnet: the prefix must be between /1 and /30")]
     SubnetPrefix(Ipv4Net),
+    /// A subnet of addresses that no VM can have (RFC 6890).
+    #[error(
+        "`{0}` cannot be the VMs' subnet: it lies in 0.0.0.0/8, 127.0.0.0/8 or 224.0.0.0/4, whose addresses no VM can have"
+    )]
+    SubnetKind(Ipv4Net),
     /// The gateway cannot be an address of the bridge.
     #[error(
         "gateway `{gateway}` must be a host address inside {subnet}, neither its network nor its broadcast address"

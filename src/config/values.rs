@@ -49,7 +49,12 @@ impl FromStr for Subnet {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let net = parse_cidr(text)?;
-        if (1..=30).contains(&net.prefix_len()) { Ok(Self(net)) } else { Err(ConfigError::SubnetPrefix(net)) }
+        if !(1..=30).contains(&net.prefix_len()) {
+            return Err(ConfigError::SubnetPrefix(net));
+        }
+        let nobodys = [(Ipv4Addr::UNSPECIFIED, 8), (Ipv4Addr::new(127, 0, 0, 0), 8), (Ipv4Addr::new(224, 0, 0, 0), 4)];
+        let inside = |(base, prefix)| Ipv4Net::new(base, prefix).is_ok_and(|range| range.contains(&net));
+        if nobodys.into_iter().any(inside) { Err(ConfigError::SubnetKind(net)) } else { Ok(Self(net)) }
     }
 }
 

@@ -5,11 +5,11 @@
 use std::io;
 use std::time::Duration;
 
-use netlink_packet_core::{
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use socket2::SockRef;
 
 /// Requests sent at once. Their answers must fit into the socket's receive buffer.
