@@ -278,3 +278,14 @@ fn init_over_a_working_node_keeps_its_leases() {
     assert!(daemon.is_running());
     assert_eq!(node.listed("ips"), 140);
 }
+
+#[test]
+fn what_makes_isolation_impossible_is_found_out_before_the_cloud_is_changed() {
+    let node = CloudNode::gke_with_range();
+    node.set_sysctl("net/bridge/bridge-nf-call-iptables", "0");
+    node.fake_tool("sysctl", "#!/bin/sh\nexit 0\n");
+    let output = node.init("--drop-internal-access").exited(1);
+    assert!(output.stderr.contains("bridge-nf-call-iptables"), "{output}");
+    assert_eq!(node.world().faults.changes(), Vec::<String>::new());
+    assert!(!node.exists(POOL));
+}

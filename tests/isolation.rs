@@ -226,3 +226,15 @@ fn vms_answer_from_their_own_address_inside_and_the_nodes_outside() {
     };
     assert!(ears.find(std::time::Duration::from_secs(1), masqueraded).is_some());
 }
+
+#[test]
+fn a_thousand_drops_are_one_transaction() {
+    let node = Node::new();
+    let many: Vec<String> = (0..1000).map(|n| format!("--drop-cidr 10.{}.{}.0/24", n / 250, n % 250)).collect();
+    let command = format!("{GKE} {}", many.join(" "));
+    let (output, started) = node.execs(&command);
+    output.succeeded();
+    assert!(started.len() <= 16, "{started:#?}");
+    let restores = started.iter().filter(|argv| argv.contains("/iptables-restore ")).count();
+    assert_eq!(restores, 1, "{started:#?}");
+}

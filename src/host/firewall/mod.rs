@@ -9,6 +9,9 @@ mod rule;
 mod save;
 mod tables;
 
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 pub use diff::{Action, ChainRules, RuleChange, Transaction, diff};
@@ -193,10 +196,43 @@ pub fn set_dormant(family: Family, table: &str, dormant: bool) -> Result<(), Fir
 /// # Errors
 /// [`FirewallError::Read`] when `iptables` cannot be run.
 pub async fn host_backend() -> Result<Backend, FirewallError> {
+    // Another program of this name is asked anew.
+    let asked = command::find("iptables").and_then(|path| Program::of(&path));
+    if let (Some(program), Ok(known)) = (&asked, KNOWN_BACKEND.lock())
+        && let Some((_, backend)) = known.as_ref().filter(|(of, _)| of == program)
+    {
+        return Ok(*backend);
+    }
     let version =
         Command::new("iptables").arg("--version").timeout(TIMEOUT).run().await.map_err(FirewallError::Read)?;
     // Versions before 1.8 know one backend and do not name it.
-    Ok(if version.text().contains("nf_tables") { Backend::Nft } else { Backend::Legacy })
+    let backend = if version.text().contains("nf_tables") { Backend::Nft } else { Backend::Legacy };
+    if let (Some(program), Ok(mut known)) = (asked, KNOWN_BACKEND.lock()) {
+        *known = Some((program, backend));
+    }
+    Ok(backend)
+}
+
+/// What `iptables` said of itself, and which program that was.
+static KNOWN_BACKEND: Mutex<Option<(Program, Backend)>> = Mutex::new(None);
+
+/// A program behind all its links: where it is, and what changes when it is replaced.
+#[derive(Debug, PartialEq, Eq)]
+struct Program {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl Program {
+    fn of(path: &Path) -> Option<Self> {
+        let path = path.canonicalize().ok()?;
+        let file = path.metadata().ok()?;
+        let modified = (file.mtime(), file.mtime_nsec());
+        Some(Self { path, device: file.dev(), inode: file.ino(), size: file.size(), modified })
+    }
 }
 
 /// The backend that plain `iptables` does not use, if its tools are installed.
