@@ -23,9 +23,9 @@ const BURST: Duration = Duration::from_millis(400);
 /// costs more is waited out once).
 const LATEST: Duration = Duration::from_secs(1);
 
-/// The same in a siege, as a multiple of what the pass before cost: some 8 % of a core. The offender may have made passes
+/// The same in a siege, as a multiple of what the pass before cost: some 4 % of a core. The offender may have made passes
 /// dear, with thousands of rules of its own.
-const LATEST_IN_SIEGE: u32 = 12;
+const LATEST_IN_SIEGE: u32 = 24;
 
 /// However dear passes are, they are not further apart than this.
 const RAREST: Duration = Duration::from_secs(30);
