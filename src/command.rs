@@ -3,9 +3,11 @@
 //! Every child runs in a process group of its own, with `LC_ALL=C`, stdout and stderr apart and bounded, and a
 //! deadline that covers everything: when it passes, or when the caller goes away, the whole group is killed.
 
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
@@ -197,6 +199,7 @@ impl Command {
             .spawn()
             .map_err(io)?;
         let group = ProcessGroup::of(&child);
+        remember(child.id());
 
         let (mut input, out, err) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let feed = async {
@@ -233,6 +236,25 @@ impl Output {
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
+}
+
+/// The process ids of the latest children.
+static CHILDREN: Mutex<VecDeque<u32>> = Mutex::new(VecDeque::new());
+
+/// How many of them are remembered: more than one pass starts.
+const REMEMBERED: usize = 64;
+
+fn remember(child: Option<u32>) {
+    if let (Some(pid), Ok(mut children)) = (child, CHILDREN.lock()) {
+        children.truncate(REMEMBERED - 1);
+        children.push_front(pid);
+    }
+}
+
+/// Whether a process is, or was lately, a child of ours.
+#[must_use]
+pub fn was_started_here(pid: u32) -> bool {
+    CHILDREN.lock().is_ok_and(|children| children.contains(&pid))
 }
 
 /// Where a program is: the first executable file of that name on `PATH`, then in the sbin folders.

@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 
+use crate::command;
+
 mod baseline;
 mod events;
 mod lock;
@@ -309,7 +311,8 @@ impl Watch {
     }
 
     fn take(&mut self, news: News) {
-        self.by = news.by.or(self.by.take());
+        // What we wrote ourselves is reported, too.
+        self.by = news.by.filter(|(_, pid)| !command::was_started_here(*pid)).or(self.by.take());
         self.pacer.charge(Instant::now(), news.cost);
         self.report(news.reasons);
     }
