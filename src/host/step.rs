@@ -49,7 +49,7 @@ pub enum Step {
     DestroySet(SetState),
     /// Destroy the set that a fill which was cut short left behind.
     DestroyLeftoverSet,
-    /// Take down what a daemon may have left standing in a siege; see [`backstop`](super::backstop).
+    /// Take down what a daemon may have left standing in a siege; see [`backstop`].
     LowerBackstop,
     /// Make the bridge.
     CreateBridge {
