@@ -529,3 +529,16 @@ fn a_port_of_the_metrics_that_is_taken_keeps_nothing_else_from_working() {
     drop(taken);
     assert!(daemon.wait_until(Duration::from_secs(15), |daemon| daemon.stderr().contains("serving metrics")));
 }
+
+#[test]
+fn a_bridge_that_somebody_makes_again_keeps_the_address_that_vms_know() {
+    let kept = Kept::new(Backend::Nft);
+    let mac = || {
+        kept.node.run("ip -o link show dev cni0").stdout.split("link/ether ").nth(1).map(|rest| rest[..17].to_owned())
+    };
+    let before = mac();
+    kept.node.ok(["sh", "-c", "kill -STOP $(cat /run/cocoon-net.pid); ip link del cni0; ip link add cni0 type bridge"]);
+    assert!(before.is_some() && mac() != before);
+    kept.node.ok(["sh", "-c", "kill -CONT $(cat /run/cocoon-net.pid)"]);
+    assert!(support::eventually(PROMISE, || mac() == before));
+}

@@ -85,6 +85,8 @@ pub struct Host {
     given_up: Mutex<BTreeSet<String>>,
     /// What was dropped up to the last look that found the host as wanted.
     dropped: Mutex<Forwarded>,
+    /// The Ethernet address of the bridge at that look.
+    bridge_mac: Mutex<Option<links::Mac>>,
     /// The isolation keys of the CNI configuration when it was last read.
     isolation: Mutex<cni::Isolation>,
 }
@@ -173,6 +175,7 @@ impl Host {
             besieged: AtomicBool::default(),
             given_up: Mutex::default(),
             dropped: Mutex::default(),
+            bridge_mac: Mutex::default(),
             isolation: Mutex::default(),
         }
     }
@@ -307,6 +310,9 @@ impl Host {
         if let Ok(mut dropped) = self.dropped.lock() {
             *dropped = Forwarded::standing(&after);
         }
+        if let (Ok(mut known), Some(mac)) = (self.bridge_mac.lock(), after.bridge().and_then(|bridge| bridge.mac)) {
+            *known = Some(mac);
+        }
         Outcome { found, after }
     }
 
@@ -409,6 +415,10 @@ impl Host {
             }
             None => *last,
         }
+    }
+
+    fn bridge_mac_before(&self) -> Option<links::Mac> {
+        self.bridge_mac.lock().ok().and_then(|known| *known)
     }
 
     fn dropped_before(&self) -> Forwarded {

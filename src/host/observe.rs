@@ -11,7 +11,7 @@ use super::drops::Forwarded;
 use super::firewall::{Family, Ruleset};
 use super::guest_agent;
 use super::ipset::{self, SetState};
-use super::links::Link;
+use super::links::{Link, Mac};
 use super::sysctl;
 use super::{Host, HostError, Target};
 use crate::config::{BRIDGE, InterfaceName, NodeConfig, Platform};
@@ -42,6 +42,8 @@ pub struct Observed {
     pub local_route: bool,
     /// Addresses that have the route of a lease; read only when the node is given back.
     pub lease_routes: Vec<Ipv4Addr>,
+    /// The Ethernet address that the bridge had at the last look that found the host as wanted: VMs know it.
+    pub bridge_mac_before: Option<Mac>,
     /// What was dropped up to the last look that found the host as wanted, by rules that may since be gone.
     pub dropped_before: Forwarded,
 }
@@ -60,6 +62,7 @@ impl Default for Observed {
             cron: None,
             local_route: false,
             lease_routes: Vec::new(),
+            bridge_mac_before: None,
             dropped_before: Forwarded::default(),
         }
     }
@@ -133,6 +136,7 @@ impl Observed {
             cron: files::read_optional(&guest_agent::cron_path())?,
             local_route,
             lease_routes,
+            bridge_mac_before: host.bridge_mac_before(),
             dropped_before: host.dropped_before(),
         })
     }

@@ -256,8 +256,11 @@ impl Plan {
                  (`ip link set {BRIDGE} nomaster`), then try again"
             ));
         }
-        // The address that we make bridges with was pinned with them.
-        if let (Some(mac), Some(false)) = (link.mac.filter(|mac| *mac != ours), link.mac_pinned) {
+        // The address that we make bridges with was pinned with them. Where somebody has made the bridge again, it gets the
+        // one that VMs know.
+        let known = observed.bridge_mac_before.filter(|mac| Some(*mac) != link.mac);
+        let wanted_mac = known.or(link.mac.filter(|mac| *mac != ours));
+        if let (Some(mac), Some(false)) = (wanted_mac, link.mac_pinned) {
             self.step(Drift::Bridge, format!("the address of {BRIDGE} is not pinned"), Step::PinMac(mac));
         }
         // The new one first: with the last address the kernel removes every route through the bridge.
