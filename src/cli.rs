@@ -241,7 +241,6 @@ fn duration(text: &str) -> Result<Duration, String> {
     parsed.filter(|duration| !duration.is_zero()).ok_or_else(|| "write a length of time, such as 24h or 30s".to_owned())
 }
 
-/// Seconds are what DHCP counts in, and half of the lease must be some.
 /// The journal takes the same name with another extension.
 fn lease_file(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
@@ -254,6 +253,7 @@ fn lease_file(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// Seconds are what DHCP counts in, and half of the lease must be some.
 fn lease_time(text: &str) -> Result<Duration, String> {
     let parsed = duration(text)?;
     if parsed < Duration::from_secs(2) { Err("a lease lasts at least 2s".to_owned()) } else { Ok(parsed) }

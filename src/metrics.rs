@@ -65,7 +65,7 @@ pub struct Metrics {
     drift_repairs: Family<KindLabel, Counter>,
     reconcile_errors: Counter,
     drop_packets: Family<CidrLabel, Counter>,
-    drop_packets_seen: Mutex<HashMap<String, u64>>,
+    drop_packets_seen: Mutex<HashMap<(String, &'static str), u64>>,
     reconcile_seconds: Histogram,
     scrapes: OnceLock<mpsc::Sender<oneshot::Sender<()>>>,
 }
@@ -177,11 +177,11 @@ impl Metrics {
         self.reconcile_seconds.observe(duration.as_secs_f64());
     }
 
-    /// Takes in what the kernel's counter of a dropped range reads now. That counter starts over whenever its rule is
-    /// made anew; the metric only grows.
-    pub fn drop_packets_read(&self, cidr: &str, reading: u64) {
+    /// Takes in what the kernel's counter of a dropped range reads now in a chain. That counter starts over when its rule
+    /// is made anew; the metric only grows.
+    pub fn drop_packets_read(&self, cidr: &str, chain: &'static str, reading: u64) {
         let mut seen = self.drop_packets_seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = seen.insert(cidr.to_owned(), reading).unwrap_or(0);
+        let last = seen.insert((cidr.to_owned(), chain), reading).unwrap_or(0);
         let grown = if reading >= last { reading - last } else { reading };
         self.drop_packets.get_or_create(&CidrLabel { cidr: cidr.to_owned() }).inc_by(grown);
     }
@@ -274,7 +274,7 @@ cocoon_net_dhcp_pool_available 6
         metrics.drift_repaired("rule");
         metrics.reconcile_failed();
         metrics.reconcile_took(Duration::from_millis(20));
-        metrics.drop_packets_read("10.0.0.0/8", 3);
+        metrics.drop_packets_read("10.0.0.0/8", "FORWARD", 3);
 
         let text = metrics.render();
         let mut family = (String::new(), String::new());
@@ -311,8 +311,9 @@ cocoon_net_dhcp_pool_available 6
     fn drop_packets_never_fall_when_the_kernel_starts_over() {
         let metrics = Metrics::new();
         for reading in [5, 9, 9, 2, 4] {
-            metrics.drop_packets_read("10.0.0.0/8", reading);
+            metrics.drop_packets_read("10.0.0.0/8", "FORWARD", reading);
+            metrics.drop_packets_read("10.0.0.0/8", "INPUT", 7);
         }
-        assert!(metrics.render().contains("cocoon_net_drop_packets_total{cidr=\"10.0.0.0/8\"} 13\n"));
+        assert!(metrics.render().contains("cocoon_net_drop_packets_total{cidr=\"10.0.0.0/8\"} 20\n"));
     }
 }

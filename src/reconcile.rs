@@ -18,10 +18,11 @@ use crate::config::{BRIDGE, NodeConfig};
 use crate::files::{FileError, HOST_LOCK, LOCK_WAIT, LockFile};
 use crate::host::backstop::Backstop;
 use crate::host::desired::Rules;
+use crate::host::drops::{self, Counted};
 use crate::host::firewall::{Backend, Family, FirewallError};
 use crate::host::plan::{Drift, Plan};
 use crate::host::step::Step;
-use crate::host::{self, Host, HostError, Outcome, Target, drops, summary};
+use crate::host::{self, Host, HostError, Outcome, Target, summary};
 use crate::log::{LogLimit, chain};
 use crate::metrics::{Health, Metrics};
 use crate::pool::{Pool, PoolError};
@@ -37,8 +38,9 @@ const PASS_LIMIT: Duration = Duration::from_secs(180);
 /// How long a pass may take before isolation counts as unverified. One that waits for a lock is done by then.
 const VERDICT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Time between two counts of the drops for those who scrape the metrics.
+/// Time between two counts of the drops for those who scrape the metrics, at least, and as a multiple of what one takes.
 const COUNT_PAUSE: Duration = Duration::from_secs(1);
+const COUNT_SHARE: u32 = 50;
 
 /// Why a pass did not leave the node verified.
 #[derive(Debug, thiserror::Error)]
@@ -137,8 +139,8 @@ pub struct Reconciler {
     troubles: LogLimit,
     /// Whether the bridge had to be mended in the last pass.
     bridge_mended: bool,
-    /// When the drops were last counted for a scrape.
-    counted: Instant,
+    /// When the drops may be counted again for a scrape.
+    next_count: Instant,
     /// Whether the backend that is not the host's has been looked at.
     looked_elsewhere: bool,
     /// Indices of the interfaces that were isolated ports once.
@@ -166,7 +168,7 @@ impl Reconciler {
             repairs: LogLimit::default(),
             troubles: LogLimit::default(),
             bridge_mended: false,
-            counted: Instant::now(),
+            next_count: Instant::now(),
             looked_elsewhere: false,
             isolated_ports: HashSet::new(),
         }
@@ -204,6 +206,7 @@ impl Reconciler {
         let begin = Instant::now();
         let besieged = wake.is_some_and(|wake| wake.besieged);
         self.host.set_besieged(besieged);
+        self.bridge_mended = false;
         let alarm = self.alarm_when_late();
         // A quarantine comes when it is due, whatever hangs.
         let limit = if self.options.quarantine { QUARANTINE_AFTER } else { PASS_LIMIT };
@@ -238,6 +241,8 @@ impl Reconciler {
                 Ok(if repaired { watch::Outcome::Repaired } else { watch::Outcome::Clean })
             }
             Err(error) => {
+                // How far it came is not known.
+                self.bridge_mended = error.outcome() == watch::Outcome::Undone;
                 self.listeners.metrics.reconcile_failed();
                 self.unverified(&error, begin).await;
                 Err(error)
@@ -260,10 +265,10 @@ impl Reconciler {
     /// While something keeps undoing the rules, or nobody can tell whether they stand, the drop targets lead nowhere.
     pub async fn raise_backstop(&mut self) {
         let targets = self.pool.config.drop_targets();
-        if self.options.rules == Rules::Manage
-            && !targets.is_empty()
-            && let Err(error) = self.backstop.raise(&targets).await
-        {
+        if self.options.rules == Rules::Leave || targets.is_empty() {
+            return self.lower_backstop().await;
+        }
+        if let Err(error) = self.backstop.raise(&targets).await {
             tracing::warn!(error = %chain(&error), "cannot put up the blackhole routes");
         }
     }
@@ -300,6 +305,13 @@ impl Reconciler {
     #[must_use]
     pub fn backstop_stands(&self) -> bool {
         self.backstop.is_up()
+    }
+
+    /// Whether rules may be missing for a while: nothing is dropped, or the backstop does all that they would.
+    #[must_use]
+    pub fn can_do_without_rules(&self) -> bool {
+        let config = &self.pool.config;
+        !config.wants_isolation() || self.backstop.is_up() && !config.drops.host && !config.drops.metadata
     }
 
     async fn try_pass(&mut self) -> Result<Outcome, PassError> {
@@ -381,26 +393,32 @@ impl Reconciler {
     /// Brings the counters of the drop targets up to date, once a second at most.
     pub async fn count_drops(&mut self) {
         let config = &self.pool.config;
-        if self.options.rules == Rules::Leave
-            || config.drop_targets().is_empty()
-            || self.counted.elapsed() < COUNT_PAUSE
-        {
+        let nothing = self.options.rules == Rules::Leave || config.drop_targets().is_empty();
+        if nothing || Instant::now() < self.next_count {
             return;
         }
+        let begin = Instant::now();
         // What cannot be read now is read by the next pass.
         if let Ok(Ok(counted)) = timeout(COUNT_PAUSE, self.host.count_drops(config)).await {
-            for (cidr, packets) in counted {
-                self.listeners.metrics.drop_packets_read(&cidr.to_string(), packets);
+            self.note_counts(&counted);
+        }
+        self.next_count = Instant::now() + COUNT_PAUSE.max(COUNT_SHARE * begin.elapsed());
+    }
+
+    fn note_counts(&self, counted: &[Counted]) {
+        for Counted { cidr, forward, input } in counted {
+            let cidr = cidr.to_string();
+            for (chain, reading) in [("FORWARD", *forward), ("INPUT", Some(*input))] {
+                if let Some(reading) = reading {
+                    self.listeners.metrics.drop_packets_read(&cidr, chain, reading);
+                }
             }
         }
-        self.counted = Instant::now();
     }
 
     fn note_drops(&self, outcome: &Outcome) {
         if self.options.rules == Rules::Manage {
-            for drop in drops::read(&self.pool.config, &outcome.after, &Plan::default()) {
-                self.listeners.metrics.drop_packets_read(&drop.cidr.to_string(), drop.packets);
-            }
+            self.note_counts(&drops::counted(&self.pool.config, &outcome.after));
         }
     }
 
@@ -447,9 +465,11 @@ impl Reconciler {
         if self.options.quarantine && (self.quarantined || since.elapsed() >= QUARANTINE_AFTER) {
             self.quarantine().await;
         }
-        // A daemon that does not start leaves the host as it is.
-        if self.started && self.options.rules == Rules::Manage {
-            self.raise_backstop().await;
+        // A daemon that does not start leaves the host as it is, and whoever holds the lock is changing it.
+        if self.started && self.options.rules == Rules::Manage && !matches!(error, PassError::Lock(_)) {
+            if !self.backstop.is_up() {
+                self.raise_backstop().await;
+            }
             // One that was undone has come as far as the other layer.
             if error.outcome() == watch::Outcome::Failed {
                 self.do_without_rules().await;
@@ -458,11 +478,17 @@ impl Reconciler {
     }
 
     /// What keeps VMs apart beside the rules is kept true also while these cannot be.
-    async fn do_without_rules(&self) {
-        let target = Target { bridge_up: !self.quarantined, ..Target::new(&self.pool.config, Rules::Leave) };
-        match timeout(VERDICT_LIMIT, self.host.do_what_can_be_done(target)).await {
+    async fn do_without_rules(&mut self) {
+        let Ok(_lock) = LockFile::acquire(Path::new(HOST_LOCK), Duration::ZERO).await else { return };
+        match timeout(VERDICT_LIMIT, self.host.do_without_rules(&self.pool.config)).await {
             Ok(Ok(done)) if done.is_empty() => {}
-            Ok(Ok(done)) => tracing::warn!(found = %summary(&done.findings), "the host had drifted and was repaired"),
+            Ok(Ok(done)) => {
+                let kinds: Vec<_> = done.kinds().into_iter().map(Drift::name).collect();
+                kinds.iter().for_each(|kind| self.listeners.metrics.drift_repaired(kind));
+                if let Some(held_back) = self.repairs.allow(&kinds.join(", ")) {
+                    tracing::warn!(found = %summary(&done.findings), held_back, "the host had drifted and was repaired");
+                }
+            }
             Ok(Err(error)) => tracing::debug!(error = %chain(&error), "ports and toggles cannot be seen to either"),
             Err(_) => tracing::debug!("seeing to ports and toggles takes too long"),
         }

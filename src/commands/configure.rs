@@ -39,7 +39,12 @@ pub async fn lock_state(state_dir: &Path) -> Result<StateLock> {
         locked => locked,
     };
     locked
-        .inspect_err(|_| files::remove_made_folders(state_dir))
+        .inspect_err(|error| {
+            // The folder of whoever holds the lock is theirs.
+            if !matches!(error, FileError::Locked { .. }) {
+                files::remove_made_folders(state_dir);
+            }
+        })
         .context("the state could not be locked and written, so nothing was changed")
 }
 
@@ -132,7 +137,8 @@ pub async fn foretell(
     can_look: bool,
 ) -> Result<Changes> {
     if can_look {
-        let (plan, _) = Host::open_to_look()?.plan(Target::new(config, rules).replacing(earlier)).await?;
+        let (plan, _) =
+            Host::open_to_look()?.as_if_changing().plan(Target::new(config, rules).replacing(earlier)).await?;
         return Ok(Changes::of(&plan));
     }
     let nothing = Observed::default();

@@ -86,7 +86,10 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
             () = stop.received() => break,
             error = server.died() => return Err(error).context("the DHCP server ended"),
             Some(scrape) = scrapes.recv() => {
-                node.count_drops().await;
+                // In a siege reading is left to the passes.
+                if !watch.besieged() {
+                    node.count_drops().await;
+                }
                 // Whoever scrapes may have gone away.
                 let _ = scrape.send(());
             }
@@ -100,10 +103,10 @@ pub async fn run(args: DaemonArgs) -> Result<()> {
                     () = stop.received() => break,
                 };
                 watch.passed(outcome);
-                if watch.besieged() {
+                if watch.besieged() && !node.backstop_stands() {
                     node.raise_backstop().await;
                 }
-                watch.set_backstop(node.backstop_stands());
+                watch.set_backstop(node.can_do_without_rules());
                 watch.watch_files(watched_files(node.pool(), &args.state.state_dir));
                 watch.watch_set(set_to_watch(&node));
                 if node.bridge_mended() {

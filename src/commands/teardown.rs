@@ -1,5 +1,6 @@
 //! `teardown`: stop the daemon, give the addresses back, remove everything of ours, and last the state.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -124,11 +125,11 @@ fn remove_state(state_dir: &Path, lease_file: &Path) -> Result<()> {
 }
 
 /// The files of the leases: in the state folder, and where the daemon was told to have them.
-fn lease_files(state_dir: &Path, lease_file: &Path) -> Result<Vec<PathBuf>> {
+fn lease_files(state_dir: &Path, lease_file: &Path) -> Result<BTreeSet<PathBuf>> {
     let folder = std::fs::read_dir(state_dir).with_context(|| format!("cannot read {}", state_dir.display()))?;
     let beside = folder.flatten().filter(|entry| entry.file_name().to_str().is_some_and(is_beside_the_pool));
     let elsewhere = [lease_file.to_owned(), lease_file.with_extension("journal")];
-    let elsewhere = elsewhere.into_iter().filter(|path| path.parent() != Some(state_dir) && path.exists());
+    let elsewhere = elsewhere.into_iter().filter(|path| path.exists());
     Ok(beside.map(|entry| entry.path()).chain(elsewhere).collect())
 }
 

@@ -122,10 +122,11 @@ impl Desired {
         }
     }
 
-    /// What such a node looks like but for its rules, which are not ours to write just now.
+    /// What keeps the VMs of such a node apart beside its rules.
     #[must_use]
     pub fn beside_rules(config: &NodeConfig, observed: &Observed) -> Self {
-        Self { guard: guard(config), ..Self::for_node(config, Rules::Leave, observed) }
+        let ports_isolated = wanted_isolation(config, observed).ports.then_some(true);
+        Self { guard: guard(config), ports_isolated, ..Self::default() }
     }
 
     /// The same, coming from an earlier configuration whose gateway address must leave the bridge.

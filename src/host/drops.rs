@@ -40,18 +40,29 @@ pub fn read(config: &NodeConfig, observed: &Observed, plan: &Plan) -> Vec<DropTa
     targets.map(read).collect()
 }
 
-/// How many packets each drop target has dropped whose rule or entry stands. One that was just lost is put back with its
-/// count, and must not be seen at zero in between.
+/// What the kernel's counters of a drop target read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counted {
+    /// The range.
+    pub cidr: Ipv4Net,
+    /// Packets dropped by FORWARD; `None` while nothing there drops it: what was just lost is put back with its count, and
+    /// must not be seen at zero in between.
+    pub forward: Option<u64>,
+    /// Packets dropped by INPUT, where a rule that is put back starts over.
+    pub input: u64,
+}
+
+/// What the counters of each drop target read.
 #[must_use]
-pub fn counted(config: &NodeConfig, observed: &Observed) -> Vec<(Ipv4Net, u64)> {
+pub fn counted(config: &NodeConfig, observed: &Observed) -> Vec<Counted> {
     let standing = Forwarded::standing(observed);
-    let stands = |cidr: &Ipv4Net| ipset::entries(&[*cidr].into()).iter().any(|entry| standing.0.contains_key(entry));
-    let count = |cidr: Ipv4Net| {
-        let mut counters = standing.target(cidr);
-        counters += dropped_by_input(cidr, observed);
-        (cidr, counters.packets)
+    let stands = |cidr: Ipv4Net| ipset::entries(&[cidr].into()).iter().any(|entry| standing.0.contains_key(entry));
+    let count = |cidr| Counted {
+        cidr,
+        forward: stands(cidr).then(|| standing.target(cidr).packets),
+        input: dropped_by_input(cidr, observed).packets,
     };
-    config.drop_targets().into_iter().filter(stands).map(count).collect()
+    config.drop_targets().into_iter().map(count).collect()
 }
 
 /// Whether the node itself is closed to the VMs, where that is asked for.
@@ -129,6 +140,11 @@ impl Forwarded {
             }
         }
         this
+    }
+
+    /// Takes over what a later look has read.
+    pub fn update(&mut self, later: Self) {
+        self.0.extend(later.0);
     }
 
     fn add(&mut self, range: Ipv4Net, counters: Counters) {

@@ -62,6 +62,12 @@ impl SetError {
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Command { source: CommandError::Failed { .. }, .. })
     }
+
+    /// Whether a set is not to be had.
+    #[must_use]
+    pub fn refuses_to_fill(&self) -> bool {
+        matches!(self, Self::Command { doing: "fill", source: CommandError::Failed { .. } })
+    }
 }
 
 /// Reads the set. A host without `ipset`, or a kernel without sets, is a state and not an error. Where none is `wanted`

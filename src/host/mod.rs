@@ -24,9 +24,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use desired::{Desired, Rules};
-use drops::Forwarded;
+use drops::{Counted, Forwarded};
 use firewall::{Backend, Family, FirewallError};
-use ipnet::Ipv4Net;
 use observe::{Observed, Scope};
 use plan::{Finding, Plan};
 use step::Step;
@@ -167,6 +166,12 @@ impl Host {
         Ok(Self::with(links::Links::open(false)?, false))
     }
 
+    /// The same, as one that changes things would find it: what that would try first is part of its plan.
+    #[must_use]
+    pub fn as_if_changing(self) -> Self {
+        Self { changing: true, ..self }
+    }
+
     fn with(links: links::Links, changing: bool) -> Self {
         Self {
             links,
@@ -226,9 +231,14 @@ impl Host {
     ///
     /// # Errors
     /// [`HostError`] when the rules cannot be read.
-    pub async fn count_drops(&self, config: &NodeConfig) -> Result<Vec<(Ipv4Net, u64)>, HostError> {
+    pub async fn count_drops(&self, config: &NodeConfig) -> Result<Vec<Counted>, HostError> {
         let (v4, set) = tokio::join!(self.read_rules(Family::V4), ipset::read(desired::needs_set(config)));
-        Ok(drops::counted(config, &Observed { v4: v4?, set: set?, ..Observed::default() }))
+        let observed = Observed { v4: v4?, set: set?, ..Observed::default() };
+        // A rule that is lost now is put back with what was told of it.
+        if let Ok(mut dropped) = self.dropped.lock() {
+            dropped.update(Forwarded::standing(&observed));
+        }
+        Ok(drops::counted(config, &observed))
     }
 
     /// Makes sure that bridged frames pass through iptables, where the configuration depends on it. Nothing else of
@@ -271,7 +281,8 @@ impl Host {
                     Some(error)
                 }
                 // Plain rules do what the set would have done.
-                Err(HostError::Set(error)) if error.is_refusal() && self.set_refused().is_none() => {
+                Err(HostError::Set(error)) if error.refuses_to_fill() && self.set_refused().is_none() => {
+                    tracing::warn!(error = %chain(&error), "no ipset can be had: each drop target gets a rule of its own");
                     self.refuse_sets(chain(&error));
                     None
                 }
@@ -286,16 +297,14 @@ impl Host {
         }
     }
 
-    /// Makes all but the rules be as wanted, as far as that goes, and says what was found. For when the rules can be
-    /// neither read nor written: each of the two layers holds by itself.
+    /// Sees to what keeps VMs apart beside the rules, and says what was found. For when the rules can be neither read nor
+    /// written: each of the two layers holds by itself. Nothing is opened that may have been closed on purpose.
     ///
     /// # Errors
     /// [`HostError`] when the host cannot be read, or the first of the steps that failed.
-    pub async fn do_what_can_be_done(&self, target: Target<'_>) -> Result<Plan, HostError> {
-        let observed = Observed::read(self, Target { rules: Rules::Leave, ..target }, Scope::Node).await?;
-        let desired = Desired::beside_rules(target.config, &observed);
-        let desired = if target.bridge_up { desired } else { desired.with_bridge_down() };
-        let plan = Plan::new(target.config, &desired, &observed);
+    pub async fn do_without_rules(&self, config: &NodeConfig) -> Result<Plan, HostError> {
+        let observed = Observed::read(self, Target::new(config, Rules::Leave), Scope::Node).await?;
+        let plan = Plan::new(config, &Desired::beside_rules(config, &observed), &observed);
         match self.apply_all(&plan).await {
             Ok(()) => Ok(plan),
             Err(failures) => failures.into_iter().next().map_or(Ok(plan), Err),

@@ -148,7 +148,9 @@ impl<'a> ChainDiff<'a> {
         let head: HashSet<&Rule> = wanted.head.iter().collect();
         let tail: HashSet<&Rule> = wanted.tail.iter().collect();
         let mut copies: HashMap<&Rule, (usize, Counters)> = HashMap::new();
-        for saved in standing.iter().filter(|saved| saved.rule.is_ours() && !saved.masked) {
+        // -D takes the first copy, which may be the whole one: all go and one comes back.
+        let masked: HashSet<&Rule> = standing.iter().filter(|saved| saved.masked).map(|saved| &saved.rule).collect();
+        for saved in standing.iter().filter(|saved| saved.rule.is_ours() && !masked.contains(&saved.rule)) {
             let copy = copies.entry(&saved.rule).or_default();
             copy.0 += 1;
             copy.1 += saved.counters;
@@ -170,7 +172,7 @@ impl<'a> ChainDiff<'a> {
         let mut spare: HashMap<&Rule, usize> = HashMap::new();
         for &saved in standing {
             let rule = &saved.rule;
-            if saved.masked && rule.is_ours() {
+            if rule.is_ours() && masked.contains(rule) {
                 this.masked.push(saved);
             } else if head.contains(rule) {
                 if count(rule) > 1 {
