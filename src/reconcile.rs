@@ -449,8 +449,10 @@ impl Reconciler {
         if let Some(held_back) = self.troubles.allow(&why) {
             tracing::error!(error = %why, held_back, "the host is not as pool.json asks");
         }
-        // Rules that could not be read just now will not be read at once.
-        let blind = matches!(error, PassError::Host(HostError::Firewall(FirewallError::Read(_))));
+        // Rules that could not be read just now will not be read at once, and in a siege what another look costs is not
+        // worth what it tells.
+        let blind =
+            matches!(error, PassError::Host(HostError::Firewall(FirewallError::Read(_)))) || self.host.is_besieged();
         let late = begin.elapsed() >= VERDICT_LIMIT;
         if !blind && !late && timeout(VERDICT_LIMIT, self.isolation_holds()).await.unwrap_or(false) {
             self.unverified_since = None;

@@ -190,7 +190,9 @@ impl Host {
         self.besieged.store(besieged, Ordering::Relaxed);
     }
 
-    fn is_besieged(&self) -> bool {
+    /// Whether somebody keeps changing the rules.
+    #[must_use]
+    pub fn is_besieged(&self) -> bool {
         self.besieged.load(Ordering::Relaxed)
     }
 

@@ -28,7 +28,7 @@ const LATEST: Duration = Duration::from_secs(1);
 const LATEST_IN_SIEGE: u32 = 24;
 
 /// However dear passes are, they are not further apart than this.
-const RAREST: Duration = Duration::from_secs(30);
+const RAREST: Duration = Duration::from_secs(60);
 
 /// Bounds of the pause between passes that follow each other closely.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
